@@ -1,0 +1,38 @@
+# Sets HYLRA_AMX_FLAGS to the flags that switch AMX off where the compiler breaks llama.cpp's AMX path, else to nothing.
+# A program is run, because no list of compiler versions is complete: GCC 12.2 drops the stores to the tile
+# configuration, and llama.cpp then dies with SIGILL in its first matrix product.
+# HYLRA_AMX_RUN holds the exit code of the program: 0 works, 77 no AMX here, 78 the kernel does not grant it, else broken.
+
+function(hylra_run_amx_probe)
+    set(probe "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/amx_probe.cpp")
+    try_run(run compiled "${CMAKE_BINARY_DIR}/amx_probe" "${probe}" COMPILE_DEFINITIONS -O3 -march=native)
+    if(NOT compiled)
+        set(run "NOT_COMPILED")
+    endif()
+    set(HYLRA_AMX_RUN "${run}" CACHE STRING "exit code of cmake/amx_probe.cpp; set it to force an outcome")
+endfunction()
+
+function(hylra_probe_amx)
+    set(HYLRA_AMX_FLAGS "" PARENT_SCOPE)
+    if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" OR NOT CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+        message(STATUS "AMX: not probed (no x86-64 GCC or Clang)")
+        return()
+    endif()
+    if(CMAKE_CROSSCOMPILING OR (DEFINED GGML_NATIVE AND NOT GGML_NATIVE))
+        message(STATUS "AMX: not probed (the build is not for this machine)")
+        return()
+    endif()
+    if(NOT DEFINED HYLRA_AMX_RUN)
+        hylra_run_amx_probe()
+    endif()
+    if(HYLRA_AMX_RUN STREQUAL "0")
+        message(STATUS "AMX: works")
+    elseif(HYLRA_AMX_RUN STREQUAL "77")
+        message(STATUS "AMX: not on this machine")
+    elseif(HYLRA_AMX_RUN STREQUAL "78")
+        message(STATUS "AMX: not granted by the kernel, llama.cpp will not use it")
+    else()
+        message(STATUS "AMX: switched off, this compiler breaks it (probe: ${HYLRA_AMX_RUN})")
+        set(HYLRA_AMX_FLAGS -mno-amx-tile -mno-amx-int8 -mno-amx-bf16 PARENT_SCOPE)
+    endif()
+endfunction()

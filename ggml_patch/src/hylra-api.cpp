@@ -1,0 +1,194 @@
+// The exported C functions of hylra.h: thin doors to the engine's state, to attention nodes and to the kernels under test.
+#include "hylra.h"
+
+#include "hylra-context.h"
+#include "hylra-cpu.h"
+
+#include "llama-context.h"
+#include "llama-model.h"
+
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#ifndef HYLRA_VERSION
+#    define HYLRA_VERSION "unknown"
+#endif
+
+static llama_hylra_context & state_of(const llama_context * ctx) { return *ctx->hylra; }
+
+const char * hylra_version(void) { return HYLRA_VERSION; }
+
+int hylra_set_policy(llama_context * ctx, const hylra_policy * policy, char * error, size_t error_bytes) {
+    llama_hylra_context & state = state_of(ctx);
+    const auto copy = policy ? hylra_copy_policy(*policy, state.model.hparams) : nullptr;
+    state.set_policy(copy, "switched off at run time");
+    ctx->hylra_policy_changed();
+    if (error_bytes > 0) {
+        snprintf(error, error_bytes, "%s", copy ? copy->problem.c_str() : "");
+    }
+    return copy && !copy->problem.empty() ? -1 : 0;
+}
+
+int hylra_use_model_policy(llama_context * ctx) {
+    llama_hylra_context & state = state_of(ctx);
+    state.set_policy(state.model.hylra, "the model file has no policy");
+    ctx->hylra_policy_changed();
+    return state.policy != nullptr;
+}
+
+static bool flash_attention(const llama_context * ctx) { return ctx->get_cparams().flash_attn; }
+
+void hylra_get_status(const llama_context * ctx, hylra_status * out) {
+    const llama_hylra_context & state = state_of(ctx);
+    *out = {};
+    out->on            = state.policy && flash_attention(ctx) && !state.stock_only;
+    out->n_layer       = state.model.hparams.n_layer();
+    out->n_step        = state.n_step;
+    out->n_step_sparse = state.n_step_sparse;
+    out->n_layer_stock = state.n_layer_stock;
+    if (const auto & p = state.policy) {
+        out->n_full      = p->count(HYLRA_FULL);
+        out->n_select    = p->count(HYLRA_SELECT);
+        out->n_reuse     = p->count(HYLRA_REUSE);
+        out->top_k       = p->top_k;
+        out->min_context = p->min_context;
+    }
+}
+
+const char * hylra_reason(const llama_context * ctx) {
+    const llama_hylra_context & state = state_of(ctx);
+    if (state.policy && !flash_attention(ctx)) {
+        return "flash attention is off: create the context with flash_attn=True";
+    }
+    if (state.stock_only) {
+        return "no layer can be served: the KV cache lies on a device without HyLRA kernels, or a head is too large";
+    }
+    return state.reason.c_str();
+}
+
+void hylra_captured_mass(const llama_context * ctx, double * mass, uint64_t * n, size_t n_layer) {
+    const llama_hylra_context & state = state_of(ctx);
+    const size_t rows = state.meter_rows();
+    for (size_t il = 0; il < n_layer; ++il) {
+        mass[il] = 0.0;
+        n[il]    = 0;
+        for (size_t row = il*rows; row < (il + 1)*rows && row < state.meters.size(); ++row) {
+            mass[il] += state.meters[row].mass;
+            n[il]    += state.meters[row].n;
+        }
+    }
+}
+
+void hylra_reset_counters(llama_context * ctx) { state_of(ctx).reset_counters(); }
+
+// ---- tracing
+
+static int cache_layer(const ggml_tensor * k) {
+    int layer = -1;
+    return k->view_src && sscanf(k->view_src->name, "cache_k_l%d", &layer) == 1 ? layer : -1;
+}
+
+static void set_dst(hylra_attn & out, const ggml_tensor * node) {
+    out.dst = node->data;
+    for (int i = 0; i < 4; ++i) {
+        out.dst_nb[i] = node->nb[i];
+    }
+}
+
+static int trace_stock(const ggml_tensor * node, hylra_attn & out) {
+    out = hylra_attn_of(node->src[0], node->src[1], node->src[2], node->src[3], node->src[4]);
+    float params[3]; // scale, max_bias, softcap: ggml_flash_attn_ext in ggml.c
+    memcpy(params, node->op_params, sizeof(params));
+    out.layer    = cache_layer(node->src[1]);
+    out.scale    = params[0];
+    out.max_bias = params[1];
+    out.softcap  = params[2];
+    set_dst(out, node);
+    return HYLRA_TRACE_STOCK;
+}
+
+static int trace_reduce(const ggml_tensor * node, const hylra_op & op, hylra_attn & out) {
+    out = {};
+    out.layer    = op.layer;
+    out.n_embd_v = int32_t(node->ne[0]);
+    out.n_head   = int32_t(node->ne[1]);
+    out.n_tokens = int32_t(node->ne[2]);
+    out.n_stream = int32_t(node->ne[3]);
+    set_dst(out, node);
+    return HYLRA_TRACE_REDUCE;
+}
+
+static int trace_choose(const ggml_tensor * node, const hylra_op & op, hylra_attn & out) {
+    out = {};
+    out.layer    = op.layer;
+    out.cells    = node->data;
+    out.n_cells  = int32_t(node->ne[0]);
+    out.lists    = int32_t(node->ne[1]);
+    out.n_tokens = int32_t(node->ne[2]);
+    out.n_stream = int32_t(node->ne[3]);
+    return HYLRA_TRACE_CHOOSE;
+}
+
+// The head of ggml_custom_op_params (ggml-impl.h), which is what ggml_custom_4d stores in op_params.
+struct custom_params {
+    ggml_custom_op_t run;
+    int              n_tasks;
+    void           * userdata;
+};
+
+static int trace_custom(const ggml_tensor * node, hylra_attn & out) {
+    custom_params params;
+    memcpy(&params, node->op_params, sizeof(params));
+    const hylra_op & op = *(const hylra_op *) params.userdata;
+    if (params.run == hylra_node_attend) {
+        out = hylra_job_of_node(op, node, nullptr).attn;
+        return HYLRA_TRACE_ATTEND;
+    }
+    return params.run == hylra_node_reduce ? trace_reduce(node, op, out) :
+           params.run == hylra_node_choose ? trace_choose(node, op, out) : HYLRA_TRACE_NONE;
+}
+
+int hylra_trace_node(const ggml_tensor * node, hylra_attn * out) {
+    if (node->op == GGML_OP_FLASH_ATTN_EXT && cache_layer(node->src[1]) >= 0) {
+        return trace_stock(node, *out);
+    }
+    return node->op == GGML_OP_CUSTOM ? trace_custom(node, *out) : HYLRA_TRACE_NONE;
+}
+
+// ---- kernels under test
+
+static void run_scores(const hylra_kernels & kernels, const hylra_job & job, float * scores, int lists) {
+    const hylra_attn & a = job.attn;
+    for (int column = 0; column < a.n_tokens*a.n_stream; ++column) {
+        for (int list = 0; list < lists; ++list) {
+            kernels.pool(job, column/a.n_tokens, column%a.n_tokens, list, lists, 0, a.n_kv, scores + (size_t(column)*lists + list)*a.n_kv);
+        }
+    }
+}
+
+int hylra_test_attend(const char * isa, const hylra_attn * attn, const int32_t * head_list, float * out, float * scores, int32_t score_lists) {
+    const hylra_kernels * kernels = hylra_get_kernels(isa);
+    if (!kernels) {
+        return -1;
+    }
+    hylra_job job = hylra_job_of(*attn, head_list);
+    const int n_listed = job.cells ? attn->n_cells : attn->n_kv;
+    std::vector<float> scratch(hylra_attend_floats(*attn, n_listed, scores != nullptr), NAN); // poisoned: what is not written shows
+    hylra_place(job, scratch.data(), scores != nullptr);
+    for (int task = 0; task < hylra_n_task(job); ++task) {
+        kernels->attend(job, task);
+    }
+    for (int row = 0; row < attn->n_head*attn->n_tokens*attn->n_stream; ++row) {
+        kernels->reduce(job, row/attn->n_head/attn->n_tokens, row/attn->n_head%attn->n_tokens, row%attn->n_head, out + size_t(row)*attn->n_embd_v);
+    }
+    if (scores) {
+        run_scores(*kernels, job, scores, score_lists);
+    }
+    return 0;
+}
+
+int hylra_test_choose(const char * isa, const float * scores, int32_t n_kv, int32_t top_k, int32_t block_size, int32_t * out) {
+    const hylra_kernels * kernels = hylra_get_kernels(isa);
+    return kernels ? kernels->choose(scores, n_kv, top_k, block_size, out) : -1;
+}

@@ -1,0 +1,84 @@
+// The contract between graph nodes, kernels and their scalar twins: one attention problem cut into chunks of cells.
+//
+//   attend  one chunk of cells (all cells, or a list of cells) -> partial result per token and head, logits on demand
+//   reduce  partial results of all chunks                      -> attention output, softmax normaliser
+//   pool    logits and normaliser                              -> one score per cell and list
+//   choose  one row of scores                                  -> ascending list of cells
+//
+// Scoring, choosing and attending are separate so that scores can come from elsewhere (DESIGN §9, sketch layers).
+#pragma once
+
+#include "hylra.h"
+
+#include <cstddef>
+#include <cstdint>
+
+// Marks in a row of scores: attention mass is in [0, 1], so both stay apart from it.
+constexpr float HYLRA_SCORE_HIDDEN = -1.0f; // the mask does not let the cell through
+constexpr float HYLRA_SCORE_FORCED =  2.0f; // added to the mass of a sink or recent cell
+
+constexpr int HYLRA_TILE_CELLS = 32;  // cells whose K (then V) rows are held as F32 at a time: 8 KiB at head size 64
+constexpr int HYLRA_MAX_EMBD   = 640; // largest head size, MLA (576) included
+constexpr int HYLRA_MAX_TOKENS = 64;  // largest batch that counts as decode, per stream
+constexpr int HYLRA_LANES_MAX  = 16;
+
+// A row of F32 read from a KV row of any ggml type; the fallback for types without an own reader.
+typedef void (*hylra_to_float_t)(const void * row, float * out, int64_t n);
+
+struct hylra_job {
+    hylra_attn attn;
+    hylra_to_float_t k_to_float, v_to_float; // nullptr for F32
+
+    const int32_t * cells;     // attn.cells
+    const int32_t * head_list; // [n_head_kv] list of cells that each KV head takes
+
+    int32_t chunk_cells;
+    int32_t n_chunk;
+
+    float * partials; // [hylra_partial_floats, n_head, n_tokens, n_stream, n_chunk]
+    float * logits;   // [n_kv, n_head, n_tokens, n_stream] or nullptr
+};
+
+// The partial of one (chunk, token, head): the unnormalised output, then the largest logit and the sum of exp(logit - largest).
+inline int hylra_padded(int n) { return (n + HYLRA_LANES_MAX - 1) / HYLRA_LANES_MAX * HYLRA_LANES_MAX; }
+inline int hylra_partial_floats(int n_embd_v) { return hylra_padded(n_embd_v) + HYLRA_LANES_MAX; }
+
+inline float * hylra_partial(const hylra_job & job, int chunk, int stream, int token, int head) {
+    const hylra_attn & a = job.attn;
+    const size_t row = ((size_t(chunk) * a.n_stream + stream) * a.n_tokens + token) * a.n_head + head;
+    return job.partials + row * hylra_partial_floats(a.n_embd_v);
+}
+
+inline float * hylra_logits(const hylra_job & job, int stream, int token, int head) {
+    const hylra_attn & a = job.attn;
+    return job.logits + ((size_t(stream) * a.n_tokens + token) * a.n_head + head) * a.n_kv;
+}
+
+// A chunk belongs to one stream and, when cells are listed, to one token (each token has its own list).
+inline int hylra_n_task(const hylra_job & job) {
+    return job.n_chunk * job.attn.n_stream * (job.cells ? job.attn.n_tokens : 1);
+}
+
+// ALiBi slope of a head; see ggml_compute_forward_flash_attn_ext_f16_one_chunk in ggml-cpu/ops.cpp.
+float hylra_slope(const hylra_attn & attn, int head);
+
+// Softmax normaliser of one head over all chunks and its attention sink: P = exp(logit - max) * inv_sum.
+struct hylra_norm { float max, inv_sum; };
+hylra_norm hylra_normaliser(const hylra_job & job, int stream, int token, int head);
+
+struct hylra_kernels {
+    const char * isa;
+    void (*attend)(const hylra_job & job, int task);
+    void (*reduce)(const hylra_job & job, int stream, int token, int head, float * out); // out: [n_embd_v]
+    // scores: [n_kv], cells [cell_begin, cell_end) of one list of `lists` (heads are split evenly among lists)
+    void (*pool)(const hylra_job & job, int stream, int token, int list, int lists, int cell_begin, int cell_end, float * scores);
+    // out: [top_k], filled with -1 at the end; returns the number of cells
+    int  (*choose)(const float * scores, int n_kv, int top_k, int block_size, int32_t * out);
+};
+
+// nullptr if this build or machine does not have it; name nullptr: the fastest (environment HYLRA_ISA overrides).
+const hylra_kernels * hylra_get_kernels(const char * isa);
+
+extern const hylra_kernels hylra_kernels_ref;
+
+int hylra_choose(const float * scores, int n_kv, int top_k, int block_size, int32_t * out); // one for all instruction sets

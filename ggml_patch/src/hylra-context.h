@@ -1,0 +1,32 @@
+// State of HyLRA in one llama_context: the active policy, why it is off, counters.
+#pragma once
+
+#include "hylra-cpu.h"
+#include "hylra-policy.h"
+
+#include <mutex>
+#include <string>
+#include <vector>
+
+struct llama_model;
+
+struct llama_hylra_context {
+    const llama_model & model;
+    llama_hylra_policy_ptr policy; // active; nullptr: dense
+    std::string reason;            // why it is dense; empty while a policy is active
+    uint32_t epoch = 0;            // changes with the policy: graphs of another epoch are not reused
+
+    uint64_t n_step = 0;
+    uint64_t n_step_sparse = 0;
+    uint32_t n_layer_stock = 0;
+    bool     stock_only = false; // the policy is on, but the last graph held no layer that the engine can serve
+    std::vector<hylra_meter> meters; // [meter_rows, n_layer]
+
+    explicit llama_hylra_context(const llama_model & model) : model(model) {}
+
+    void set_policy(llama_hylra_policy_ptr next, const std::string & none_reason);
+    void reset_counters();
+
+    size_t meter_rows() const;
+    hylra_meter * layer_meters(int il) { return meters.data() + il*meter_rows(); }
+};

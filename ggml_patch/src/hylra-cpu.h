@@ -1,0 +1,41 @@
+// HyLRA graph nodes for the CPU backend: what a node carries, and the functions that GGML_OP_CUSTOM calls.
+#pragma once
+
+#include "hylra-attn.h"
+
+#include <vector>
+
+struct ggml_tensor;
+
+// Attention mass that one row (list and token of a batch) of a select layer found on its own selection.
+struct hylra_meter {
+    double   mass = 0.0;
+    uint64_t n    = 0;
+};
+
+// Parameters of the nodes of one layer, their userdata; owned by the graph input, so they live as long as the graph.
+struct hylra_op {
+    int32_t layer;
+    float   scale, max_bias, softcap;
+    bool    logits;                 // attend writes logits: a select layer
+    int32_t block_size;
+    std::vector<int32_t> head_list; // [n_head_kv] list that each KV head takes (reuse)
+    hylra_meter * meters;           // [rows] (select)
+};
+
+hylra_attn hylra_attn_of(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * mask, const ggml_tensor * sinks);
+hylra_job  hylra_job_of(const hylra_attn & attn, const int32_t * head_list);
+hylra_job  hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks);
+
+// Size of an attend node's result when `n_listed` cells (a list, or all n_kv) are attended to. The chunking depends on
+// shapes alone, so results do not depend on the number of threads.
+size_t hylra_attend_floats(const hylra_attn & attn, int n_listed, bool logits);
+void   hylra_place(hylra_job & job, float * scratch, bool logits);
+void   hylra_force(float * scores, const int32_t * forced, int n_forced, int begin, int end);
+
+const char * hylra_default_isa();
+
+void hylra_node_attend(ggml_tensor * dst, int ith, int nth, void * userdata);
+void hylra_node_reduce(ggml_tensor * dst, int ith, int nth, void * userdata);
+void hylra_node_pool  (ggml_tensor * dst, int ith, int nth, void * userdata);
+void hylra_node_choose(ggml_tensor * dst, int ith, int nth, void * userdata);

@@ -1,0 +1,283 @@
+// Reads and checks a policy (DESIGN §4). A policy that does not fit is refused as a whole, with one line that says why.
+#include "hylra-policy.h"
+
+#include "llama-hparams.h"
+#include "llama-model-loader.h"
+
+#include "gguf.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+uint32_t llama_hylra_policy::top_k_at(uint32_t n_kv) const {
+    const uint32_t share = uint32_t(std::ceil(double(top_k_fraction)*n_kv));
+    return std::min(std::max(top_k, share), n_kv);
+}
+
+uint32_t llama_hylra_policy::count(uint32_t mode) const {
+    return uint32_t(std::count(layer_mode.begin(), layer_mode.end(), mode));
+}
+
+namespace {
+
+[[noreturn]] void refuse(const std::string & line) { throw std::runtime_error(line); }
+
+std::string num(int64_t n) { return std::to_string(n); }
+
+// ---- checks
+
+void check_shape(const llama_hylra_policy & p, const llama_hparams & hparams) {
+    uint32_t n_head_kv = 0;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        n_head_kv = std::max(n_head_kv, hparams.n_head_kv(il));
+    }
+    if (p.layer_count != hparams.n_layer()) {
+        refuse("hylra.layer_count is " + num(p.layer_count) + ", the model has " + num(hparams.n_layer()) + " layers");
+    }
+    if (p.head_kv_count != n_head_kv) {
+        refuse("hylra.head_kv_count is " + num(p.head_kv_count) + ", the model has " + num(n_head_kv) + " KV heads");
+    }
+    if (p.layer_mode.size() != p.layer_count || p.layer_source.size() != p.layer_count) {
+        refuse("hylra.layer_mode and hylra.layer_source must hold " + num(p.layer_count) + " values, found " +
+               num(p.layer_mode.size()) + " and " + num(p.layer_source.size()));
+    }
+    if (!p.head_map.empty() && p.head_map.size() != size_t(p.layer_count)*p.head_kv_count) {
+        refuse("hylra.head_map must hold " + num(int64_t(p.layer_count)*p.head_kv_count) + " values, found " + num(p.head_map.size()));
+    }
+}
+
+void check_budget(const llama_hylra_policy & p) {
+    if (p.top_k == 0 || p.top_k < uint64_t(p.sink_tokens) + p.recent_tokens) {
+        refuse("hylra.top_k is " + num(p.top_k) + ", it must be at least 1 and hold the " +
+               num(uint64_t(p.sink_tokens) + p.recent_tokens) + " sink and recent cells");
+    }
+    if (!(p.top_k_fraction >= 0.0f && p.top_k_fraction <= 1.0f)) {
+        refuse("hylra.top_k_fraction is " + std::to_string(p.top_k_fraction) + ", expected 0 to 1");
+    }
+    const bool power = (p.block_size & (p.block_size - 1)) == 0;
+    if (p.block_size != 1 && !(power && p.block_size >= 16 && p.block_size <= 128)) {
+        refuse("hylra.block_size is " + num(p.block_size) + ", expected 1, 16, 32, 64 or 128");
+    }
+    if (p.lists != 1 && p.lists != p.head_kv_count) {
+        refuse("hylra.lists is " + num(p.lists) + ", expected 1 or the number of KV heads, " + num(p.head_kv_count));
+    }
+    if (p.prefill != 0) {
+        refuse("hylra.prefill is " + num(p.prefill) + ", this engine knows only 0 (dense prefill)");
+    }
+    for (int32_t head : p.head_map) {
+        if (head < 0 || head >= int32_t(p.head_kv_count)) {
+            refuse("hylra.head_map names KV head " + num(head) + ", expected 0 to " + num(int64_t(p.head_kv_count) - 1));
+        }
+    }
+}
+
+void check_layer(const llama_hylra_policy & p, const llama_hparams & hparams, uint32_t il) {
+    const uint32_t mode   = p.layer_mode[il];
+    const int32_t  source = p.layer_source[il];
+    const std::string layer = "layer " + num(il);
+    if (mode > HYLRA_REUSE) {
+        refuse(layer + " has mode " + num(mode) + ", this engine knows 0 full, 1 select, 2 reuse");
+    }
+    if (mode == HYLRA_FULL && source != -1) {
+        refuse(layer + " is full, its source must be -1, found " + num(source));
+    }
+    if (mode == HYLRA_SELECT && source != int32_t(il)) {
+        refuse(layer + " is select, its source must be itself, found " + num(source));
+    }
+    if (mode == HYLRA_REUSE && (source < 0 || source >= int32_t(il) || p.layer_mode[source] != HYLRA_SELECT)) {
+        refuse(layer + " reuses layer " + num(source) + ", which is no select layer before it");
+    }
+    if (mode != HYLRA_FULL && (hparams.is_swa(il) || hparams.is_recr(il))) {
+        refuse(layer + " has " + (hparams.is_swa(il) ? "sliding-window" : "no") + " attention, it must be full");
+    }
+    if (mode != HYLRA_FULL && hparams.n_head_kv(il) != p.head_kv_count && p.lists != 1) {
+        refuse(layer + " has " + num(hparams.n_head_kv(il)) + " KV heads, lists per KV head need " + num(p.head_kv_count));
+    }
+}
+
+void check(const llama_hylra_policy & p, const llama_hparams & hparams) {
+    if (p.version != HYLRA_POLICY_VERSION) {
+        refuse("hylra.version is " + num(p.version) + ", this engine knows version " + num(HYLRA_POLICY_VERSION));
+    }
+    check_shape(p, hparams);
+    check_budget(p);
+    for (uint32_t il = 0; il < p.layer_count; ++il) {
+        check_layer(p, hparams, il);
+    }
+}
+
+// ---- GGUF metadata
+
+const char PREFIX[] = "hylra.";
+
+// keys for people and tools, which the engine does not use
+bool is_note(const std::string & key) {
+    static const char * const NOTES[] = { "summary", "tool", "calibration", "theta", "similarity", "sensitivity", "overlap", "pad" };
+    return key.rfind("measured.", 0) == 0 || std::find(std::begin(NOTES), std::end(NOTES), key) != std::end(NOTES);
+}
+
+struct reader {
+    const llama_model_loader & ml;
+
+    int64_t find(const std::string & key) const { return gguf_find_key(ml.metadata, (PREFIX + key).c_str()); }
+
+    int64_t find_typed(const std::string & key, gguf_type type) const {
+        const int64_t id = find(key);
+        if (id >= 0 && gguf_get_kv_type(ml.metadata, id) != type) {
+            refuse("hylra." + key + " has type " + gguf_type_name(gguf_get_kv_type(ml.metadata, id)) + ", expected " + gguf_type_name(type));
+        }
+        return id;
+    }
+
+    const llama_model_kv_override * override_of(const std::string & key) const {
+        const auto it = ml.kv_overrides.find(PREFIX + key);
+        return it == ml.kv_overrides.end() ? nullptr : &it->second;
+    }
+
+    void get(const std::string & key, uint32_t & out, bool required = true) const {
+        if (const auto * o = override_of(key)) {
+            if (o->tag != LLAMA_KV_OVERRIDE_TYPE_INT || o->val_i64 < 0 || o->val_i64 > UINT32_MAX) {
+                refuse("the override of hylra." + key + " must be a whole number");
+            }
+            out = uint32_t(o->val_i64);
+            return;
+        }
+        const int64_t id = find_typed(key, GGUF_TYPE_UINT32);
+        if (id >= 0) {
+            out = gguf_get_val_u32(ml.metadata, id);
+        } else if (required) {
+            refuse("hylra." + key + " is missing");
+        }
+    }
+
+    void get(const std::string & key, float & out) const {
+        const int64_t id = find_typed(key, GGUF_TYPE_FLOAT32);
+        if (const auto * o = override_of(key)) {
+            if (o->tag != LLAMA_KV_OVERRIDE_TYPE_FLOAT) {
+                refuse("the override of hylra." + key + " must be a number with a point");
+            }
+            out = float(o->val_f64);
+        } else if (id >= 0) {
+            out = gguf_get_val_f32(ml.metadata, id);
+        }
+    }
+
+    void get(const std::string & key, bool & out) const {
+        const int64_t id = find_typed(key, GGUF_TYPE_BOOL);
+        if (const auto * o = override_of(key)) {
+            if (o->tag != LLAMA_KV_OVERRIDE_TYPE_BOOL) {
+                refuse("the override of hylra." + key + " must be true or false");
+            }
+            out = o->val_bool;
+        } else if (id >= 0) {
+            out = gguf_get_val_bool(ml.metadata, id);
+        }
+    }
+
+    template<typename T>
+    void get(const std::string & key, gguf_type type, std::vector<T> & out, bool required) const {
+        const int64_t id = find_typed(key, GGUF_TYPE_ARRAY);
+        if (id < 0) {
+            if (required) {
+                refuse("hylra." + key + " is missing");
+            }
+            return;
+        }
+        if (gguf_get_arr_type(ml.metadata, id) != type) {
+            refuse("hylra." + key + " holds " + gguf_type_name(gguf_get_arr_type(ml.metadata, id)) + ", expected " + gguf_type_name(type));
+        }
+        const T * data = (const T *) gguf_get_arr_data(ml.metadata, id);
+        out.assign(data, data + gguf_get_arr_n(ml.metadata, id));
+    }
+};
+
+void refuse_unknown_keys(const llama_model_loader & ml) {
+    static const char * const KEYS[] = { "version", "enabled", "layer_count", "head_kv_count", "layer_mode", "layer_source", "head_map", "lists",
+        "top_k", "top_k_fraction", "block_size", "sink_tokens", "recent_tokens", "min_context", "prefill" };
+    for (int64_t id = 0; id < gguf_get_n_kv(ml.metadata); ++id) {
+        const std::string name = gguf_get_key(ml.metadata, id);
+        if (name.rfind(PREFIX, 0) != 0) {
+            continue;
+        }
+        const std::string key = name.substr(strlen(PREFIX));
+        if (!is_note(key) && std::find(std::begin(KEYS), std::end(KEYS), key) == std::end(KEYS)) {
+            refuse("unknown key " + name);
+        }
+    }
+}
+
+void read_all(const reader & r, llama_hylra_policy & p) {
+    r.get("enabled", p.enabled);
+    r.get("layer_count", p.layer_count);
+    r.get("head_kv_count", p.head_kv_count);
+    r.get("layer_mode", GGUF_TYPE_UINT32, p.layer_mode, true);
+    r.get("layer_source", GGUF_TYPE_INT32, p.layer_source, true);
+    r.get("head_map", GGUF_TYPE_INT32, p.head_map, false);
+    r.get("lists", p.lists);
+    r.get("top_k", p.top_k);
+    r.get("top_k_fraction", p.top_k_fraction);
+    r.get("block_size", p.block_size);
+    r.get("sink_tokens", p.sink_tokens);
+    r.get("recent_tokens", p.recent_tokens);
+    r.get("min_context", p.min_context);
+    r.get("prefill", p.prefill, false);
+}
+
+bool has_keys(const llama_model_loader & ml) {
+    for (int64_t id = 0; id < gguf_get_n_kv(ml.metadata); ++id) {
+        if (strncmp(gguf_get_key(ml.metadata, id), PREFIX, strlen(PREFIX)) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+} // namespace
+
+llama_hylra_policy_ptr hylra_read_policy(const llama_model_loader & ml, const llama_hparams & hparams) {
+    if (!ml.metadata || !has_keys(ml)) {
+        return nullptr;
+    }
+    auto policy = std::make_shared<llama_hylra_policy>();
+    try {
+        const reader r = { ml };
+        r.get("version", policy->version); // first: a newer schema may know other keys
+        if (policy->version == HYLRA_POLICY_VERSION) {
+            refuse_unknown_keys(ml);
+            read_all(r, *policy);
+        }
+        check(*policy, hparams);
+    } catch (const std::exception & e) {
+        policy->problem = e.what();
+    }
+    return policy;
+}
+
+llama_hylra_policy_ptr hylra_copy_policy(const hylra_policy & in, const llama_hparams & hparams) {
+    auto p = std::make_shared<llama_hylra_policy>();
+    p->version        = in.version;
+    p->enabled        = in.enabled != 0;
+    p->layer_count    = in.layer_count;
+    p->head_kv_count  = in.head_kv_count;
+    p->lists          = in.lists;
+    p->top_k          = in.top_k;
+    p->top_k_fraction = in.top_k_fraction;
+    p->block_size     = in.block_size;
+    p->sink_tokens    = in.sink_tokens;
+    p->recent_tokens  = in.recent_tokens;
+    p->min_context    = in.min_context;
+    p->prefill        = in.prefill;
+    p->layer_mode.assign(in.layer_mode, in.layer_mode + in.layer_count);
+    p->layer_source.assign(in.layer_source, in.layer_source + in.layer_count);
+    if (in.head_map) {
+        p->head_map.assign(in.head_map, in.head_map + size_t(in.layer_count)*in.head_kv_count);
+    }
+    try {
+        check(*p, hparams);
+    } catch (const std::exception & e) {
+        p->problem = e.what();
+    }
+    return p;
+}

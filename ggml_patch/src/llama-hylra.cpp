@@ -1,0 +1,297 @@
+// Builds the attention nodes of a layer according to the policy: full, select or reuse (DESIGN §5).
+// Anything it does not know how to do is left to llama.cpp: llama_hylra_attn returns nullptr and the stock node is built.
+#include "llama-hylra.h"
+
+#include "hylra-context.h"
+
+#include "llama-cparams.h"
+#include "llama-graph.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+
+// Upstream internals that this file stands on; a change there must stop the build here.
+static_assert(std::is_same_v<decltype(&llama_kv_cache::get_cells), const llama_kv_cells & (llama_kv_cache::*)(llama_seq_id) const>);
+static_assert(GGML_MAX_SRC >= 8, "attend takes five sources");
+
+constexpr size_t   SCRATCH_LIMIT_BYTES  = 256u << 20; // logits of one layer; above it the batch runs stock
+constexpr uint32_t KV_PADDING           = 256;        // llama_kv_cache::get_n_kv rounds up to it
+constexpr uint32_t TOKENS_PER_SEQUENCE  = 8;          // drafts of speculative decoding; more tokens are a prefill
+
+// ---- policy and state
+
+llama_hylra_policy_ptr llama_hylra_load(const llama_model_loader & ml, const llama_hparams & hparams) {
+    return hylra_read_policy(ml, hparams);
+}
+
+static bool killed_by_environment() {
+    const char * value = getenv("HYLRA");
+    return value && strcmp(value, "0") == 0;
+}
+
+static std::string reason_of(const llama_hylra_policy_ptr & policy, const std::string & none_reason) {
+    if (killed_by_environment()) { return "switched off by the environment variable HYLRA=0"; }
+    if (!policy)                 { return none_reason; }
+    if (!policy->problem.empty()){ return "policy refused: " + policy->problem; }
+    if (!policy->enabled)        { return "switched off by hylra.enabled = false"; }
+    return "";
+}
+
+size_t llama_hylra_context::meter_rows() const {
+    return policy ? size_t(policy->lists)*HYLRA_MAX_TOKENS : 0;
+}
+
+void llama_hylra_context::set_policy(llama_hylra_policy_ptr next, const std::string & none_reason) {
+    reason = reason_of(next, none_reason);
+    policy = reason.empty() ? std::move(next) : nullptr;
+    epoch += 1;
+    reset_counters();
+}
+
+void llama_hylra_context::reset_counters() {
+    n_step = n_step_sparse = 0;
+    n_layer_stock = 0;
+    stock_only = false;
+    meters.assign(policy ? meter_rows()*policy->layer_count : 0, {});
+}
+
+std::shared_ptr<llama_hylra_context> llama_hylra_init(const llama_model & model) {
+    auto state = std::make_shared<llama_hylra_context>(model);
+    state->set_policy(model.hylra, "the model file has no policy");
+    if (const auto & p = state->policy) {
+        LLAMA_LOG_INFO("%s: HyLRA on: %u full, %u select, %u reuse layers, top_k %u, sparse from %u cells (%s kernels)\n", __func__,
+                p->count(HYLRA_FULL), p->count(HYLRA_SELECT), p->count(HYLRA_REUSE), p->top_k, p->min_context, hylra_default_isa());
+    } else if (model.hylra) {
+        LLAMA_LOG_WARN("%s: HyLRA off: %s\n", __func__, state->reason.c_str());
+    }
+    return state;
+}
+
+// ---- graph input: state of one graph, and the sink and recent cells of each token
+
+static const llama_kv_cache_context * cache_of(const llama_memory_context_i * mctx) {
+    if (auto * kv     = dynamic_cast<const llama_kv_cache_context *>(mctx))           { return kv; }
+    if (auto * iswa   = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx))      { return iswa->get_base(); }
+    if (auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(mctx))      { return hybrid->get_attn(); }
+    if (auto * hyiswa = dynamic_cast<const llama_memory_hybrid_iswa_context *>(mctx)) { return hyiswa->get_attn()->get_base(); }
+    return nullptr;
+}
+
+class llm_graph_input_hylra : public llm_graph_input_i {
+public:
+    llm_graph_input_hylra(llama_hylra_context & state, const llama_memory_context_i * mctx) :
+        state(state), policy(state.policy), epoch(state.epoch), cache(cache_of(mctx)) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        state.n_step        += decode_sized;
+        state.n_step_sparse += n_layer_ours > 0;
+        if (sparse) {
+            state.n_layer_stock = n_layer_stock;
+            state.stock_only    = n_layer_ours == 0;
+        }
+        if (forced && forced->buffer) {
+            for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+                set_forced(*ubatch, i, (int32_t *) forced->data + i*forced->ne[0]);
+            }
+        }
+    }
+
+    // Topology follows from the policy and from shapes that the KQ mask's own input compares.
+    bool can_reuse(const llm_graph_params & params) override {
+        cache = cache_of(params.mctx); // the memory context of the graph's first batch is gone by now
+        return epoch == state.epoch;
+    }
+
+    llama_hylra_context & state;
+    const llama_hylra_policy_ptr policy; // kept alive for the graph's nodes
+    const uint32_t epoch;
+    const llama_kv_cache_context * cache;
+
+    bool     decode_sized  = false; // this batch is one that the policy speaks of
+    bool     sparse        = false; // ... and the cache is long enough
+    uint32_t n_layer_ours  = 0;
+    uint32_t n_layer_stock = 0;
+
+    ggml_tensor * forced = nullptr;                       // I32 [n_forced, n_tokens], -1 = none
+    ggml_tensor * cells[LLAMA_MAX_LAYERS] = {};           // per select layer: I32 [top_k, lists, n_tokens, n_stream]
+    std::deque<hylra_op> ops;                             // a deque keeps addresses
+
+private:
+    // Sink and recent cells by position within the token's own sequence: cells may lie in any order.
+    void set_forced(const llama_ubatch & ubatch, uint32_t i, int32_t * out) const {
+        const llama_seq_id seq = ubatch.seq_id[i][0]; // the one that the KQ mask uses
+        const auto & by_pos = cache->get_kv()->get_cells(seq).seq_pos_get(seq);
+        const auto end = by_pos.upper_bound({ ubatch.pos[i], UINT32_MAX }); // later tokens of the batch are in the cache already
+        std::fill(out, out + forced->ne[0], -1);
+        uint32_t n = 0;
+        for (auto it = by_pos.begin(); it != end && n < policy->sink_tokens; ++it) {
+            out[n++] = int32_t(it->second);
+        }
+        n = policy->sink_tokens;
+        for (auto it = end; it != by_pos.begin() && n < policy->sink_tokens + policy->recent_tokens; ) {
+            out[n++] = int32_t((--it)->second);
+        }
+    }
+};
+
+// Most tokens of one batch that still count as decode.
+static uint32_t max_decode_tokens(const llama_cparams & cparams) {
+    return std::min<uint32_t>(TOKENS_PER_SEQUENCE*cparams.n_seq_max, HYLRA_MAX_TOKENS);
+}
+
+static void decide(llm_graph_input_hylra & input, const llm_graph_context & graph) {
+    const llama_cparams & c = graph.cparams;
+    // auto_fa: the probe for flash attention must see the stock node (llama_context::resolve_fused_ops)
+    input.decode_sized = input.policy && input.cache && c.causal_attn && !c.training && !c.auto_fa &&
+                         graph.ubatch.n_tokens <= max_decode_tokens(c);
+    // n_kv is padded: only above min_context + padding are min_context cells surely in use
+    input.sparse       = input.decode_sized && input.cache->get_n_kv() + 1 >= uint64_t(input.policy->min_context) + KV_PADDING;
+}
+
+// Of this graph; made by its first attention layer.
+static llm_graph_input_hylra & input_of(const llm_graph_context & graph) {
+    for (auto & input : graph.res->inputs) {
+        if (auto * found = dynamic_cast<llm_graph_input_hylra *>(input.get())) {
+            return *found;
+        }
+    }
+    auto input = std::make_unique<llm_graph_input_hylra>(*graph.cparams.hylra, graph.mctx);
+    decide(*input, graph);
+    return *static_cast<llm_graph_input_hylra *>(graph.res->add_input(std::move(input)));
+}
+
+// ---- nodes of a layer
+
+// Cache views are allocated when the graph is built, the K of an uncached or cross attention is not.
+static bool is_host_cache_view(const ggml_tensor * t) {
+    return t->view_src && t->view_src->buffer && ggml_backend_buffer_is_host(t->view_src->buffer);
+}
+
+static bool shapes_fit(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) {
+    return k->ne[0] <= HYLRA_MAX_EMBD && v->ne[0] <= HYLRA_MAX_EMBD && q->ne[1] <= HYLRA_MAX_TOKENS && q->type == GGML_TYPE_F32 &&
+           q->ne[2] % k->ne[2] == 0 && v->ne[2] == k->ne[2] && q->nb[0] == sizeof(float) &&
+           k->nb[0] == ggml_type_size(k->type) && v->nb[0] == ggml_type_size(v->type);
+}
+
+struct layer_builder {
+    const llm_graph_context & graph;
+    llm_graph_input_hylra   & input;
+    const llama_hylra_policy & policy;
+    ggml_tensor * q, * k, * v, * kq_mask, * sinks;
+    const int il;
+
+    ggml_tensor * custom(const char * name, ggml_type type, const int64_t (&ne)[4], std::initializer_list<ggml_tensor *> src,
+                         ggml_custom_op_t run, hylra_op & op) const {
+        std::vector<ggml_tensor *> args(src);
+        ggml_tensor * node = ggml_custom_4d(graph.ctx0, type, ne[0], ne[1], ne[2], ne[3], args.data(), int(args.size()), run, GGML_N_TASKS_MAX, &op);
+        ggml_format_name(node, "hylra_%s-%d", name, il);
+        return node;
+    }
+
+    hylra_op & new_op(float kq_scale) const {
+        hylra_op op = {};
+        op.layer      = il;
+        op.scale      = kq_scale;
+        op.max_bias   = graph.hparams.f_max_alibi_bias;
+        op.softcap    = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
+        op.logits     = policy.layer_mode[il] == HYLRA_SELECT;
+        op.block_size = int32_t(policy.block_size);
+        op.meters     = input.state.layer_meters(il);
+        for (int64_t head = 0; head < k->ne[2]; ++head) {
+            const int32_t mapped = policy.head_map.empty() ? int32_t(head) : policy.head_map[il*policy.head_kv_count + head];
+            op.head_list.push_back(policy.lists == 1 ? 0 : mapped);
+        }
+        input.ops.push_back(std::move(op));
+        return input.ops.back();
+    }
+
+    // F32 scratch: partial results, and the logits of a select layer
+    ggml_tensor * attend(hylra_op & op, ggml_tensor * cells) const {
+        const int64_t n_listed = cells ? cells->ne[0] : k->ne[1];
+        const int64_t n = int64_t(hylra_attend_floats(hylra_attn_of(q, k, v, kq_mask, sinks), int(n_listed), op.logits));
+        return custom("attend", GGML_TYPE_F32, { n, 1, 1, 1 }, { q, k, v, kq_mask, cells }, hylra_node_attend, op);
+    }
+
+    ggml_tensor * reduce(hylra_op & op, ggml_tensor * attended) const {
+        return custom("reduce", GGML_TYPE_F32, { v->ne[0], q->ne[2], q->ne[1], q->ne[3] }, { attended, sinks }, hylra_node_reduce, op);
+    }
+
+    ggml_tensor * forced_cells() const {
+        if (!input.forced) {
+            const int64_t n = std::max<int64_t>(1, int64_t(policy.sink_tokens) + policy.recent_tokens);
+            input.forced = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, n, graph.ubatch.n_tokens);
+            ggml_set_input(input.forced);
+            ggml_set_name(input.forced, "hylra_forced");
+        }
+        return input.forced;
+    }
+
+    // I32 [top_k, lists, n_tokens, n_stream]
+    ggml_tensor * choose(hylra_op & op, ggml_tensor * attended) const {
+        const int64_t lists = policy.lists, n_kv = k->ne[1];
+        ggml_tensor * pooled = custom("pool", GGML_TYPE_F32, { n_kv, lists, q->ne[1], q->ne[3] },
+                                      { attended, sinks, forced_cells() }, hylra_node_pool, op);
+        return custom("choose", GGML_TYPE_I32, { policy.top_k_at(uint32_t(n_kv)), lists, q->ne[1], q->ne[3] },
+                      { pooled }, hylra_node_choose, op);
+    }
+};
+
+// The source's cells if they lie in the same cache view, else nullptr.
+static ggml_tensor * source_cells(const llm_graph_input_hylra & input, const ggml_tensor * q, const ggml_tensor * k, int il) {
+    const int source = input.policy->layer_source[il];
+    ggml_tensor * cells = input.cells[source];
+    const bool fits = cells && cells->ne[2] == q->ne[1] && cells->ne[3] == k->ne[3];
+    return fits ? cells : nullptr;
+}
+
+static bool ours(const llm_graph_input_hylra & input, const llm_graph_context & graph, const ggml_tensor * q, const ggml_tensor * k,
+                 const ggml_tensor * v, const ggml_tensor * kq_mask, int64_t n_kv_max, int il) {
+    const size_t logits_bytes = sizeof(float)*k->ne[1]*q->ne[2]*q->ne[1]*q->ne[3];
+    return il >= 0 && il < int(input.policy->layer_count) && !graph.hparams.is_swa(il) &&
+           n_kv_max == 0 && // a layer with a trained selection of its own
+           kq_mask && kq_mask->type == GGML_TYPE_F16 && kq_mask->ne[2] == 1 && is_host_cache_view(k) && is_host_cache_view(v) &&
+           shapes_fit(q, k, v) && logits_bytes <= SCRATCH_LIMIT_BYTES;
+}
+
+static ggml_tensor * build(layer_builder & b, float kq_scale) {
+    const uint32_t mode = b.policy.layer_mode[b.il];
+    ggml_tensor * cells = mode == HYLRA_REUSE ? source_cells(b.input, b.q, b.k, b.il) : nullptr;
+    if (mode == HYLRA_REUSE && !cells) {
+        return nullptr;
+    }
+    hylra_op & op = b.new_op(kq_scale);
+    ggml_tensor * attended = b.attend(op, cells);
+    ggml_tensor * out = b.reduce(op, attended);
+    if (mode == HYLRA_SELECT) {
+        b.input.cells[b.il] = b.choose(op, attended);
+        ggml_build_forward_expand(b.graph.gf, out);
+        ggml_build_forward_expand(b.graph.gf, b.input.cells[b.il]); // no ancestor of the output: nothing else would compute it
+    }
+    return out;
+}
+
+ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+                               ggml_tensor * kq_mask, ggml_tensor * sinks, int64_t n_kv_max, float kq_scale, int il) {
+    if (!graph.cparams.hylra) {
+        return nullptr;
+    }
+    llm_graph_input_hylra & input = input_of(graph);
+    if (!input.sparse) {
+        return nullptr;
+    }
+    ggml_tensor * out = nullptr;
+    if (ours(input, graph, q, k, v, kq_mask, n_kv_max, il)) {
+        layer_builder builder = { graph, input, *input.policy, q, k, v, kq_mask, sinks, il };
+        out = build(builder, kq_scale);
+    }
+    (out ? input.n_layer_ours : input.n_layer_stock) += 1;
+    return out;
+}

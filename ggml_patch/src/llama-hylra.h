@@ -1,0 +1,25 @@
+// What the inserted lines in llama.cpp call: load the policy, keep its state per context, build the attention nodes.
+// With no policy every call returns at once and the graph is llama.cpp's own.
+#pragma once
+
+#include "hylra-policy.h"
+
+#include <cstdint>
+#include <memory>
+
+struct ggml_tensor;
+struct llama_hylra_context;
+struct llama_model;
+struct llm_graph_context;
+
+// llama_model_base::load_hparams, after the architecture's own hyperparameters
+llama_hylra_policy_ptr llama_hylra_load(const llama_model_loader & ml, const llama_hparams & hparams);
+
+// constructor of llama_context: the state that cparams.hylra points to
+std::shared_ptr<llama_hylra_context> llama_hylra_init(const llama_model & model);
+
+// flash-attention branch of llm_graph_context::build_attn_mha; nullptr: not ours, build the stock node
+//   q [n_embd_k, n_tokens, n_head, n_stream], k [n_embd_k, n_kv, n_head_kv, n_stream], v [n_embd_v, n_kv, n_head_kv, n_stream]
+//   returns F32 [n_embd_v, n_head, n_tokens, n_stream], the layout of ggml_flash_attn_ext
+ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+                               ggml_tensor * kq_mask, ggml_tensor * sinks, int64_t n_kv_max, float kq_scale, int il);

@@ -1,0 +1,368 @@
+"""The command `hylra-gguf`: results go to stdout, progress to stderr, and every expected failure is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import math
+import os
+import sys
+import traceback
+from importlib import metadata
+from typing import Any, Callable, Iterator, List, Optional
+
+from tqdm import tqdm
+
+from .errors import HylraError, ModelFileError, PolicyError
+from .gguf_header import Progress, check_fits, check_target, data_sha256, model_shape, read_header, strip, write_policy
+from .policy import Policy, require_policy
+
+PROGRAM = "hylra-gguf"
+STRATEGIES = ("hylra", "jump3", "every-n", "explicit")
+KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0")
+ARMS = ("stock-fa1", "stock-fa0", "full", "hylra")
+# flags that only matter when the policy is planned here; none may be given beside --policy
+PLANNING = ("file", "ctx_size", "theta", "top_k", "strategy", "n", "layers", "lists", "sink", "recent", "min_context",
+            "block_size", "similarity", "max_sensitivity")
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    verbose = False
+    try:
+        _tolerate_odd_names()
+        args = build_parser().parse_args(argv)
+        verbose = args.verbose
+        code = args.command(args) or 0
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0)
+    except BrokenPipeError:
+        _silence_stdout()
+        return 141
+    except KeyboardInterrupt:
+        return _fail("interrupted", verbose, 130)
+    except (HylraError, OSError) as error:
+        return _fail(_one_line(error), verbose, 2)
+
+
+# ---- commands
+
+def cmd_show(args: argparse.Namespace) -> None:
+    policy = Policy.load(args.model)
+    print(policy.to_json().rstrip() if args.format == "json" else policy.describe())
+
+
+def cmd_strip(args: argparse.Namespace) -> None:
+    with _progress(args, "strip") as progress:
+        count = strip(args.model, args.output, progress, args.force)
+    print(f"{args.output or args.model}: {count} hylra.* keys removed" if count else f"{args.model}: no hylra.* keys in it")
+
+
+def cmd_verify(args: argparse.Namespace) -> None:
+    header = read_header(args.model)
+    arch, layer_count, head_kv_count = model_shape(header)
+    policy = require_policy(args.model)
+    check_fits(header, policy)
+    data = _verify_data(args, policy)
+    print(f"ok  file    {header.tensor_count} tensors, complete")
+    print(f"ok  model   {arch}: {layer_count} layers, {head_kv_count} KV heads")
+    print(f"ok  policy  version {policy.version}: {policy.one_line()}")
+    print(f"ok  data    {data}")
+
+
+def _verify_data(args: argparse.Namespace, policy: Policy) -> str:
+    measured = policy.measured.get("model_sha256")
+    if not measured:
+        return "nothing was measured on this file, so there is no sha256 to compare"
+    with _progress(args, "sha256") as progress:
+        found = data_sha256(args.model, progress)
+    if found != measured:
+        raise ModelFileError(f"{args.model}: the tensor data have sha256 {found}, but the policy was measured on {measured}; "
+                             "measure it again")
+    return f"sha256 {found}, as measured"
+
+
+def cmd_embed_policy(args: argparse.Namespace) -> Optional[int]:
+    header = check_target(args.model, args.output, args.force)  # before minutes of profiling
+    if args.policy is None:
+        return _lazy("embed", "cmd_embed_auto")(args)
+    idle = [name for name in PLANNING if getattr(args, name) is not None]
+    if idle:
+        raise PolicyError(f"--{idle[0].replace('_', '-')} has no effect beside --policy; leave one of them out")
+    policy = Policy.load(args.policy)
+    check_fits(header, policy)
+    if not args.dry_run:
+        with _progress(args, "embed") as progress:
+            write_policy(args.model, policy, args.output, progress, args.force)
+    print(policy.describe())
+    print(f"{args.output or args.model}: {'dry run, nothing written' if args.dry_run else 'policy written'}", file=sys.stderr)
+    return 0
+
+
+def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], Optional[int]]:
+    """A command whose module is imported when it runs, so that `show` needs neither the engine nor a profile."""
+    return lambda args: getattr(importlib.import_module(f".{module}", __package__), function)(args)
+
+
+@contextlib.contextmanager
+def _progress(args: argparse.Namespace, label: str) -> Iterator[Progress]:
+    """A bar on stderr, if that is a terminal."""
+    with tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=args.no_progress or None) as bar:
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            bar.total = total_bytes
+            bar.update(done_bytes - bar.n)
+
+        yield progress
+
+
+# ---- flags
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise HylraError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROGRAM, allow_abbrev=False,
+                     description="Longer contexts, faster: reuse of selected tokens across layers, for GGUF models.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command_name")
+    for add in (_add_profile, _add_plan, _add_embed_policy, _add_show, _add_strip, _add_verify, _add_run, _add_bench, _add_env):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], Optional[int]], text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_profile(commands: Any) -> None:
+    parser = _command(commands, "profile", _lazy("profile", "cmd_profile"), "measure which layers look at the same tokens")
+    _add_model(parser)
+    _add_text_flags(parser)
+    parser.add_argument("-ctk", "--cache-type-k", metavar="TYPE", choices=KV_TYPES, help=f"type of the KV cache: {' '.join(KV_TYPES)}")
+    _add_threads(parser)
+    parser.add_argument("--samples", type=_count(1), metavar="N", help="query rows to sample")
+    parser.add_argument("-k", "--top-k", type=_list(_count(1)), metavar="LIST", help="top_k values to measure, such as 1024,2048")
+    _add_output(parser, "the profile file", "PROFILE", required=True)
+    _add_no_progress(parser)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(commands, "plan", _lazy("plan", "cmd_plan"), "decide from a profile which layers select and which reuse")
+    parser.add_argument("profile", metavar="PROFILE", help="file that `profile` has written")
+    _add_plan_flags(parser)
+    _add_output(parser, "the policy file (default: stdout)", "POLICY")
+
+
+def _add_embed_policy(commands: Any) -> None:
+    parser = _command(commands, "embed-policy", cmd_embed_policy,
+                      "write a policy into a model file; without --policy, profile and plan first")
+    _add_model(parser)
+    parser.add_argument("--policy", metavar="FILE", help="policy file to write, or a model file that carries one")
+    _add_output(parser, "write a copy and leave MODEL as it is", "OUT")
+    _add_force(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
+    _add_text_flags(parser)
+    _add_threads(parser)
+    _add_plan_flags(parser)
+    _add_no_progress(parser)
+
+
+def _add_show(commands: Any) -> None:
+    parser = _command(commands, "show", cmd_show, "print the policy of a model file")
+    _add_model(parser)
+    _add_format(parser, ("md", "json"))
+
+
+def _add_strip(commands: Any) -> None:
+    parser = _command(commands, "strip", cmd_strip, "remove the policy; restores the original file byte for byte")
+    _add_model(parser)
+    _add_output(parser, "write a copy and leave MODEL as it is", "OUT")
+    _add_force(parser)
+    _add_no_progress(parser)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(commands, "verify", cmd_verify, "check the policy of a model file against the model itself")
+    _add_model(parser)
+    _add_no_progress(parser)
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(commands, "run", _lazy("generate", "cmd_run"), "generate text")
+    _add_model(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    prompt.add_argument("-f", "--file", metavar="FILE", help="file with the prompt")
+    parser.add_argument("-n", "--n-predict", type=_count(1), metavar="N", default=128, help="tokens to generate (default 128)")
+    _add_context(parser)
+    _add_threads(parser)
+    _add_policy_override(parser)
+    parser.add_argument("--no-hylra", action="store_true", help="run dense")
+    parser.add_argument("--temp", type=_number(0, math.inf), metavar="T", default=0.0, help="temperature (default 0)")
+    parser.add_argument("--seed", type=_count(0), metavar="N", help="seed of the sampler")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(commands, "bench", _lazy("bench", "cmd_bench"), "measure decode speed at several depths, stock against HyLRA")
+    _add_model(parser)
+    parser.add_argument("-d", "--n-depth", type=_list(_count(0)), metavar="LIST", required=True,
+                        help="cached tokens, such as 0,4096,8192")
+    parser.add_argument("-n", "--n-gen", type=_count(1), metavar="N", default=32, help="tokens to generate per run (default 32)")
+    parser.add_argument("-r", "--repetitions", type=_count(1), metavar="N", default=3, help="runs per depth and arm (default 3)")
+    _add_threads(parser)
+    types = dict(metavar="TYPE", choices=KV_TYPES, default="f16", help=f"{' '.join(KV_TYPES)} (default f16)")
+    parser.add_argument("-ctk", "--cache-type-k", **types)
+    parser.add_argument("-ctv", "--cache-type-v", **types)
+    _add_policy_override(parser)
+    parser.add_argument("--arms", type=_list(_one_of(ARMS)), metavar="LIST", default=list(ARMS), help=f"default {','.join(ARMS)}")
+    _add_format(parser, ("md", "csv", "json"))
+    _add_no_progress(parser)
+
+
+def _add_env(commands: Any) -> None:
+    _command(commands, "env", _lazy("engine", "cmd_env"), "print what is installed: versions, engine library, processor")
+
+
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """No defaults here: what is not given is decided where the policy is planned."""
+    group = parser.add_argument_group("plan")
+    group.add_argument("--strategy", choices=STRATEGIES, help=f"{' '.join(STRATEGIES)} (default hylra)")
+    group.add_argument("--theta", type=_number(0, 1, above=True), metavar="T", help="smallest similarity at which a layer may reuse")
+    group.add_argument("--top-k", type=_count(1), metavar="K", help="cells kept, sink and recent included")
+    group.add_argument("--n", type=_count(1), metavar="N", help="for every-n: select every N-th layer")
+    group.add_argument("--layers", metavar="LIST", help="for explicit: the select layers, such as 2,13")
+    group.add_argument("--lists", choices=("layer", "head"), help="one list of cells per layer or per KV head")
+    group.add_argument("--sink", type=_count(0), metavar="N", help="first tokens, always kept")
+    group.add_argument("--recent", type=_count(0), metavar="N", help="latest tokens, always kept")
+    group.add_argument("--min-context", type=_count(0), metavar="N", help="cached tokens below which the model runs as stock")
+    group.add_argument("--block-size", type=_count(1), metavar="N", help="1 for single cells, or 16 to 128")
+    group.add_argument("--similarity", choices=("recall", "overlap"), help="what theta is compared with")
+    group.add_argument("--max-sensitivity", type=_number(0, math.inf), metavar="X", help="layers above it never reuse")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="GGUF file")
+
+
+def _add_text_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--file", nargs="+", action="extend", metavar="TEXT",
+                        help="calibration texts (default: text that ships with Python)")
+    _add_context(parser)
+
+
+def _add_context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--ctx-size", type=_count(1), metavar="CTX", help="context in tokens")
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-t", "--threads", type=_count(1), metavar="N", help="processor threads")
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str, name: str, required: bool = False) -> None:
+    parser.add_argument("-o", "--output", metavar=name, required=required, help=text)
+
+
+def _add_format(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
+    parser.add_argument("-o", "--output", dest="format", choices=formats, default="md", help=f"{' '.join(formats)} (default md)")
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="overwrite an OUT that exists")
+
+
+def _add_policy_override(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", metavar="FILE", help="use this policy, not the one in MODEL")
+
+
+def _add_no_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+# ---- values of flags
+
+def _count(lowest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if not lowest <= number < 2**31:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {lowest} to {2**31 - 1}")
+        return number
+
+    return parse
+
+
+def _number(lowest: float, highest: float, above: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not lowest <= number <= highest or math.isinf(number) or (above and number == lowest):
+            limits = f"{'above' if above else 'from'} {lowest:g}" + (f" to {highest:g}" if highest < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {limits}")
+        return number
+
+    return parse
+
+
+def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def _list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [item(part) for part in text.split(",")]
+
+
+# ---- the terminal
+
+def _version() -> str:
+    try:
+        return metadata.version(PROGRAM)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _fail(line: str, verbose: bool, code: int) -> int:
+    if verbose:
+        traceback.print_exc()
+    print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        return code
+    _silence_stdout()
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.splitlines())
+
+
+def _silence_stdout() -> None:
+    """What is still buffered cannot be written; without this Python would say so once more at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tolerate_odd_names() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,139 @@
+"""Builds tiny random llama models and drives a context through the low-level API, as the engine tests need it."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+VOCAB = 96
+
+
+def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=64, seed=0, context=8192) -> Path:
+    """A llama-architecture GGUF without tokenizer, F32 weights of random value; attention sharp enough to be selective."""
+    rng = np.random.default_rng(seed)
+    n_embd, n_ff = 64, 96
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_name("tiny")
+    w.add_context_length(context)
+    w.add_embedding_length(n_embd)
+    w.add_block_count(n_layer)
+    w.add_feed_forward_length(n_ff)
+    w.add_head_count(n_head)
+    w.add_head_count_kv(n_head_kv)
+    w.add_key_length(n_embd_head)
+    w.add_value_length(n_embd_head)
+    w.add_rope_dimension_count(n_embd_head)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_vocab_size(VOCAB)
+    w.add_tokenizer_model("no_vocab")
+
+    def tensor(name, *shape, scale=1.0):
+        w.add_tensor(name, (rng.standard_normal(shape) * scale / np.sqrt(shape[-1])).astype(np.float32))
+
+    tensor("token_embd.weight", VOCAB, n_embd, scale=8.0)
+    tensor("output.weight", VOCAB, n_embd, scale=2.0)
+    w.add_tensor("output_norm.weight", np.ones(n_embd, np.float32))
+    for i in range(n_layer):
+        for norm in ("attn_norm", "ffn_norm"):
+            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(n_embd, np.float32))
+        tensor(f"blk.{i}.attn_q.weight", n_head * n_embd_head, n_embd, scale=2.0)
+        tensor(f"blk.{i}.attn_k.weight", n_head_kv * n_embd_head, n_embd, scale=2.0)
+        tensor(f"blk.{i}.attn_v.weight", n_head_kv * n_embd_head, n_embd)
+        tensor(f"blk.{i}.attn_output.weight", n_embd, n_head * n_embd_head)
+        for name, rows, cols in (("gate", n_ff, n_embd), ("up", n_ff, n_embd), ("down", n_embd, n_ff)):
+            tensor(f"blk.{i}.ffn_{name}.weight", rows, cols)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def random_tokens(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
+
+
+_log_callbacks = []  # llama.cpp keeps the pointer for good: a callback that is collected with its session crashes the next log line
+
+
+def silence(api) -> None:
+    if not _log_callbacks:
+        _log_callbacks.append(api.llama_log_callback(lambda level, text, data: None))
+        api.llama_log_set(_log_callbacks[0], None)
+
+
+class Session:
+    """One model and context on the library that `llama_cpp` has loaded; logits come back as float32 [n_vocab]."""
+
+    def __init__(self, path, n_ctx=1024, n_seq_max=1, unified=True, flash_attn=True, type_k=1, type_v=1, n_threads=1, n_ubatch=512,
+                 overrides=None, eval_callback=None):
+        import llama_cpp as api
+
+        self.api = api
+        api.llama_backend_init()
+        silence(api)
+        self._alive = []
+        params = api.llama_model_default_params()
+        if overrides:
+            params.kv_overrides = self._overrides(overrides)
+        self.model = api.llama_model_load_from_file(str(path).encode(), params)
+        assert self.model, f"{path} does not load"
+        c = api.llama_context_default_params()
+        c.n_ctx, c.n_batch, c.n_ubatch, c.n_seq_max, c.kv_unified = n_ctx, n_ctx, n_ubatch, n_seq_max, unified
+        c.n_threads = c.n_threads_batch = n_threads
+        c.type_k, c.type_v = type_k, type_v
+        c.flash_attn_type = 1 if flash_attn else 0
+        if eval_callback:
+            callback = api.ggml_backend_sched_eval_callback(eval_callback)
+            self._alive.append(callback)
+            c.cb_eval = callback
+        self.ctx = api.llama_init_from_model(self.model, c)
+        assert self.ctx, "no context"
+        self.n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        self.memory = api.llama_get_memory(self.ctx)
+
+    def _overrides(self, values: dict):
+        array = (self.api.llama_model_kv_override * (len(values) + 1))()
+        for slot, (key, value) in zip(array, values.items()):
+            slot.key = key.encode()
+            if isinstance(value, bool):
+                slot.tag, slot.value.val_bool = self.api.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+            else:
+                slot.tag, slot.value.val_i64 = self.api.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        self._alive.append(array)
+        return array
+
+    def decode(self, entries) -> np.ndarray:
+        """entries: (token, position, sequence); returns the logits of every one, [len(entries), n_vocab]."""
+        batch = self.api.llama_batch_init(len(entries), 0, 1)
+        batch.n_tokens = len(entries)
+        for i, (token, pos, seq) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, pos, 1, seq, 1
+        code = self.api.llama_decode(self.ctx, batch)
+        assert code == 0, f"llama_decode: {code}"
+        rows = [np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)).copy() for i in range(len(entries))]
+        self.api.llama_batch_free(batch)
+        return np.stack(rows)
+
+    def prefill(self, tokens, seq=0, start=0) -> np.ndarray:
+        return self.decode([(t, start + i, seq) for i, t in enumerate(tokens)])
+
+    def steps(self, tokens, start, seq=0) -> np.ndarray:
+        """One token at a time; [len(tokens), n_vocab]."""
+        return np.concatenate([self.decode([(t, start + i, seq)]) for i, t in enumerate(tokens)])
+
+    def rewind(self, n_past: int, seq=-1) -> None:
+        assert self.api.llama_memory_seq_rm(self.memory, seq, n_past, -1)
+
+    def close(self) -> None:
+        self.api.llama_free(self.ctx)
+        self.api.llama_model_free(self.model)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()

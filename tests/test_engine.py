@@ -1,0 +1,411 @@
+"""The engine inside llama.cpp: exactness, selection against a NumPy statement, sequences and streams, switches, status."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import Session, random_tokens, write_tiny_model
+
+from hylra_gguf import engine
+from hylra_gguf.errors import PolicyError
+from hylra_gguf.gguf_header import write_policy
+from hylra_gguf.policy import Policy
+
+engine.activate()
+N_PAST, N_STEPS = 700, 6
+
+
+def policy(pattern: str, **fields) -> Policy:
+    """F full, S select, R reuse of the last S."""
+    source, sources = -1, []
+    for il, mode in enumerate(pattern):
+        source = il if mode == "S" else source
+        sources.append(-1 if mode == "F" else source)
+    defaults = dict(head_kv_count=2, top_k=64, sink_tokens=4, recent_tokens=16, min_context=256)
+    return Policy(layer_mode=tuple("FSR".index(m) for m in pattern), layer_source=tuple(sources), **{**defaults, **fields})
+
+
+def full_like(p: Policy) -> Policy:
+    return policy("F" * p.layer_count, head_kv_count=p.head_kv_count, min_context=p.min_context)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+def step_logits(session, p, tokens=None, start=N_PAST):
+    """Logits of a few decode steps under policy p, leaving the cache as it was."""
+    engine.set_policy(session.ctx, p)
+    logits = session.steps(tokens or random_tokens(N_STEPS, 9), start)
+    session.rewind(start)
+    return logits
+
+
+# ---- 1. nothing changes without a policy in force
+
+STOCK_SCRIPT = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[1])
+from support import Session, random_tokens
+s = Session(sys.argv[2], n_ctx=1024, type_k=int(sys.argv[4]), type_v=int(sys.argv[4]), flash_attn=sys.argv[5] == "1")
+vocab = min(s.n_vocab, 96)
+rows = [s.prefill(random_tokens(700))[-1:], s.steps(random_tokens(6, 9), 700)]
+np.save(sys.argv[3], np.concatenate(rows))
+"""
+
+
+def logits_of_stock(model: Path, out: Path, type_kv: int, flash_attn: bool) -> np.ndarray:
+    """From the unpatched build of the same source, in its own process."""
+    stock = os.environ.get("HYLRA_STOCK_LIB")
+    assert stock and Path(stock, "libllama.so").exists(), "set HYLRA_STOCK_LIB to the stock/ folder of a build with -DHYLRA_BUILD_STOCK=ON"
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": stock}
+    here = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", STOCK_SCRIPT, here, str(model), str(out), str(type_kv), str(int(flash_attn))], env=env, check=True)
+    return np.load(out)
+
+
+SWITCHES = {
+    "no policy": lambda s: None,
+    "policy taken away": lambda s: (engine.set_policy(s.ctx, policy("FSRR")), engine.set_policy(s.ctx, None)),
+    "enabled = false": lambda s: engine.set_policy(s.ctx, policy("FSRR", enabled=False)),
+    "below min_context": lambda s: engine.set_policy(s.ctx, policy("FSRR", min_context=1024)),
+}
+
+
+@pytest.mark.parametrize("type_kv", [1, 8], ids=["f16", "q8_0"])
+@pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "no fa"])
+def test_bit_identical_to_the_unpatched_build(tiny, tmp_path, type_kv, flash_attn):
+    if type_kv == 8 and not flash_attn:
+        type_kv = 0  # llama.cpp wants flash attention for a quantised V
+    want = logits_of_stock(tiny, tmp_path / "stock.npy", type_kv, flash_attn)
+    for name, switch in SWITCHES.items():
+        with Session(tiny, type_k=type_kv, type_v=type_kv, flash_attn=flash_attn) as s:
+            switch(s)
+            got = np.concatenate([s.prefill(random_tokens(N_PAST))[-1:], s.steps(random_tokens(6, 9), N_PAST)])
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+def test_the_real_model_is_bit_identical_too(smollm2, tmp_path):
+    want = logits_of_stock(smollm2, tmp_path / "stock.npy", 1, True)
+    with Session(smollm2) as s:
+        got = np.concatenate([s.prefill(random_tokens(N_PAST))[-1:], s.steps(random_tokens(6, 9), N_PAST)])
+    np.testing.assert_array_equal(got, want)
+
+
+# ---- 2. a selection that covers everything equals full attention
+
+SHAPES = {
+    "GQA 1, head 64": dict(n_head=2, n_head_kv=2),
+    "GQA 3, head 64": dict(n_head=6, n_head_kv=2),
+    "GQA 4, head 80": dict(n_head=4, n_head_kv=1, n_embd_head=80),
+    "GQA 8, head 128": dict(n_head=8, n_head_kv=1, n_embd_head=128),
+}
+
+
+@pytest.mark.parametrize("pattern", ["SRRR", "FSRS", "SSRR"])
+@pytest.mark.parametrize("lists", ["shared", "per head"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_top_k_that_covers_everything_equals_full(tmp_path, shape, lists, pattern):
+    heads = SHAPES[shape]["n_head_kv"]
+    model = write_tiny_model(tmp_path / "m.gguf", **SHAPES[shape])
+    p = policy(pattern, head_kv_count=heads, lists=heads if lists == "per head" else 1, top_k=4096)
+    with Session(model) as s:
+        s.prefill(random_tokens(N_PAST))
+        got, want, stock = step_logits(s, p), step_logits(s, full_like(p)), step_logits(s, None)
+    np.testing.assert_allclose(got, want, atol=3e-4, rtol=1e-4)
+    np.testing.assert_allclose(want, stock, atol=0.15)  # stock accumulates V in F16: close, not equal
+    assert np.abs(want - stock).max() > 0, "the full arm must be our own kernel"
+
+
+@pytest.mark.parametrize("type_kv", [0, 1, 2, 8, 30], ids=["f32", "f16", "q4_0", "q8_0", "bf16"])
+@pytest.mark.parametrize("block_size", [1, 32])
+def test_every_kv_type_and_blocks(tiny, type_kv, block_size):
+    p = policy("SRSR", top_k=4096, block_size=block_size)
+    with Session(tiny, type_k=type_kv, type_v=type_kv) as s:
+        s.prefill(random_tokens(N_PAST))
+        np.testing.assert_allclose(step_logits(s, p), step_logits(s, full_like(p)), atol=3e-4, rtol=1e-4)
+
+
+def test_smollm2_top_k_that_covers_everything_equals_full(smollm2):
+    p = policy("F" + "SRR" * 9 + "SR", head_kv_count=3, top_k=8192)
+    with Session(smollm2) as s:
+        s.prefill(random_tokens(N_PAST))
+        got, want = step_logits(s, p), step_logits(s, full_like(p))
+    assert np.abs(got - want).max() < 2e-3 * np.abs(want).max()
+    np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
+
+
+# ---- 3. a real selection is the one that DESIGN §5 states
+
+
+class Trace:
+    """Collects, per layer of the last step, what our nodes read and wrote."""
+
+    def __init__(self):
+        self.inputs, self.outputs, self.choices = {}, {}, {}
+        self.raw = engine.ffi.new("struct hylra_attn *")
+
+    def callback(self, node, ask, data):
+        kind = engine.lib.hylra_trace_node(engine.ffi.cast("struct ggml_tensor *", node), self.raw)
+        if not ask and kind:
+            self.take(kind, self.raw)
+        return bool(kind) if ask else True
+
+    def take(self, kind, a):
+        if kind == engine.TRACE_ATTEND:
+            self.inputs[a.layer] = dict(
+                q=tensor(a.q, np.float32, (a.n_stream, a.n_head, a.n_tokens, a.n_embd_k), a.q_nb),
+                k=tensor(a.k, np.float16, (a.n_stream, a.n_head_kv, a.n_kv, a.n_embd_k), a.k_nb),
+                v=tensor(a.v, np.float16, (a.n_stream, a.n_head_kv, a.n_kv, a.n_embd_v), a.v_nb),
+                mask=tensor(a.mask, np.float16, (a.n_stream, 1, a.n_tokens, a.n_kv), a.mask_nb),
+                cells=flat(a.cells, np.int32, (a.n_stream, a.n_tokens, a.lists, a.n_cells)) if a.cells else None,
+                scale=a.scale,
+            )
+        elif kind == engine.TRACE_REDUCE:
+            self.outputs[a.layer] = flat(a.dst, np.float32, (a.n_stream, a.n_tokens, a.n_head, a.n_embd_v))
+        elif kind == engine.TRACE_CHOOSE:
+            self.choices[a.layer] = flat(a.cells, np.int32, (a.n_stream, a.n_tokens, a.lists, a.n_cells))
+
+
+def tensor(pointer, dtype, shape, nb):
+    strides = [nb[3], nb[2], nb[1], np.dtype(dtype).itemsize]
+    n_bytes = sum((n - 1) * s for n, s in zip(shape, strides)) + strides[-1]
+    raw = np.frombuffer(engine.ffi.buffer(engine.ffi.cast("char *", pointer), n_bytes), np.uint8)
+    return np.lib.stride_tricks.as_strided(raw.view(dtype), shape, strides).astype(dtype)
+
+
+def flat(pointer, dtype, shape):
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(engine.ffi.buffer(engine.ffi.cast("char *", pointer), n_bytes), dtype).reshape(shape).copy()
+
+
+def probabilities(x, allowed=None):
+    """float64 softmax [stream, token, head, cell] of one traced layer, over the cells that `allowed` [.., kv head, cell] names."""
+    group = x["q"].shape[1] // x["k"].shape[1]
+    k = np.repeat(x["k"].astype(np.float64), group, axis=1)
+    s = np.einsum("shtd,shcd->sthc", x["q"].astype(np.float64), k) * x["scale"] + x["mask"].astype(np.float64).transpose(0, 2, 1, 3)
+    if allowed is not None:
+        s = np.where(np.repeat(allowed, group, axis=2), s, -np.inf)
+    e = np.exp(s - s.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def attention(x, p):
+    group = x["q"].shape[1] // x["v"].shape[1]
+    return np.einsum("sthc,shcd->sthd", p, np.repeat(x["v"].astype(np.float64), group, axis=1))
+
+
+def check_selection(x, cells, lists, top_k, forced):
+    """The cells are the forced ones and the best of the rest by pooled probability, ascending; ties within rounding allowed."""
+    p = probabilities(x)
+    pooled = p.reshape(*p.shape[:2], lists, -1, p.shape[-1]).mean(3)
+    for s, t, i in np.ndindex(*cells.shape[:3]):
+        got = cells[s, t, i][cells[s, t, i] >= 0]
+        visible = np.flatnonzero(x["mask"][s, 0, t] == 0)
+        assert (np.diff(got) > 0).all() and len(got) == min(top_k, len(visible)) and set(got) <= set(visible)
+        assert set(forced[s][t]) <= set(got)
+        rest = np.setdiff1d(visible, got)
+        free = np.setdiff1d(got, forced[s][t])
+        if len(rest) and len(free):
+            assert pooled[s, t, i][free].min() >= pooled[s, t, i][rest].max() * (1 - 1e-4)
+
+
+def cells_allowed(x, heads):
+    allowed = np.zeros((*x["cells"].shape[:2], len(heads), x["k"].shape[2]), bool)
+    for s, t, h in np.ndindex(*allowed.shape[:3]):
+        listed = x["cells"][s, t, heads[h]]
+        allowed[s, t, h, listed[listed >= 0]] = True
+    return allowed
+
+
+@pytest.mark.parametrize("lists,head_map", [(1, None), (2, None), (2, (0, 1, 0, 1, 1, 0, 1, 1))])
+def test_selection_and_reuse_equal_numpy(tiny, lists, head_map):
+    p = policy("SRFR", lists=lists, head_map=head_map)
+    trace = Trace()
+    with Session(tiny, eval_callback=trace.callback) as s:
+        s.prefill(random_tokens(N_PAST))
+        step_logits(s, p, random_tokens(1, 5))
+    forced = [[[*range(4), *range(N_PAST - 15, N_PAST + 1)]]]
+    check_selection(trace.inputs[0], trace.choices[0], lists, 64, forced)
+    for layer, mode in enumerate("SRFR"):
+        x = trace.inputs[layer]
+        heads = [0, 0] if lists == 1 else (head_map or (0, 1) * 4)[2 * layer : 2 * layer + 2]
+        allowed = cells_allowed(x, heads) if mode == "R" else None
+        assert (x["cells"] is None) == (mode != "R")
+        if mode == "R":
+            np.testing.assert_array_equal(x["cells"], trace.choices[0])
+        np.testing.assert_allclose(trace.outputs[layer], attention(x, probabilities(x, allowed)), atol=2e-5, rtol=1e-4)
+
+
+# ---- 4. sequences, streams, cells out of order
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["one stream", "streams"])
+def test_sequences_of_different_length_select_their_own_cells(tiny, unified):
+    p = policy("SRRR", sink_tokens=0, recent_tokens=0)
+    trace = Trace()
+    with Session(tiny, n_ctx=3072, n_seq_max=3, unified=unified, eval_callback=trace.callback) as s:
+        for seq, n in enumerate((600, 400, 500)):
+            s.prefill(random_tokens(n, seq), seq)
+        s.rewind(300, seq=1)  # a hole, which sequence 0 fills: its cells are out of order then
+        s.prefill(random_tokens(90, 7), seq=0, start=600)
+        engine.set_policy(s.ctx, p)
+        s.decode([(5, 690, 0), (6, 300, 1), (7, 500, 2)])
+        assert engine.status(s.ctx)["sparse_steps"] == 1
+    rows = [(0, 0), (0, 1), (0, 2)] if unified else [(0, 0), (1, 0), (2, 0)]
+    x, cells = trace.inputs[0], trace.choices[0]
+    assert cells.shape == ((1, 3, 1, 64) if unified else (3, 1, 1, 64))
+    assert [(x["mask"][s, 0, t] == 0).sum() for s, t in rows] == [691, 301, 501]
+    check_selection(x, cells, 1, 64, [[[]] * 3] * 3)
+    for layer in range(1, 4):
+        x = trace.inputs[layer]
+        np.testing.assert_array_equal(x["cells"], cells)
+        np.testing.assert_allclose(trace.outputs[layer], attention(x, probabilities(x, cells_allowed(x, [0, 0]))), atol=2e-5, rtol=1e-4)
+
+
+def test_sink_and_recent_cells_follow_positions_not_cells(tiny):
+    """Sequence 0 is written behind, then into a hole before, other tokens: positions and cells disagree."""
+    p = policy("SRRR", top_k=24, sink_tokens=4, recent_tokens=16)
+    trace = Trace()
+    with Session(tiny, n_ctx=2048, n_seq_max=2, eval_callback=trace.callback) as s:
+        s.prefill(random_tokens(300, 1), seq=1)
+        s.prefill(random_tokens(400, 0), seq=0)
+        s.rewind(0, seq=1)
+        s.prefill(random_tokens(100, 2), seq=0, start=400)
+        engine.set_policy(s.ctx, p)
+        s.decode([(5, 500, 0)])
+    x, cells = trace.inputs[0], trace.choices[0][0, 0, 0]
+    k_of_first = set(np.flatnonzero(x["mask"][0, 0, 0] == 0)[-400:][:4])  # positions 0..3 lie behind the hole
+    assert k_of_first <= set(cells)
+    low = cells[cells < 300]
+    assert len(low) >= 16 and set(range(85, 101)) <= set(low)  # positions 485..500 lie in cells 85..100 of the hole
+
+
+def test_several_tokens_of_one_sequence_equal_single_steps(tiny):
+    tokens = random_tokens(5, 4)
+    for p in (policy("SRSR"), full_like(policy("SRSR"))):
+        with Session(tiny) as s:
+            s.prefill(random_tokens(N_PAST))
+            single = step_logits(s, p, tokens)
+            batch = s.decode([(t, N_PAST + i, 0) for i, t in enumerate(tokens)])
+        np.testing.assert_allclose(batch, single, atol=3e-3, rtol=1e-3)
+
+
+def test_prefill_stays_dense(tiny):
+    with Session(tiny) as s:
+        want = s.prefill(random_tokens(N_PAST))
+    with Session(tiny) as s:
+        engine.set_policy(s.ctx, policy("SRRR"))
+        got = s.prefill(random_tokens(N_PAST))
+        assert engine.status(s.ctx)["sparse_steps"] == 0
+    np.testing.assert_array_equal(got, want)
+
+
+def test_threads_do_not_change_the_result(tiny):
+    logits = []
+    for n_threads in (1, 2, 3):
+        with Session(tiny, n_threads=n_threads) as s:
+            s.prefill(random_tokens(N_PAST))
+            logits.append(step_logits(s, policy("SRSR")))
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[0], logits[2])
+
+
+# ---- 5. switches, status, graphs
+
+
+def test_policies_that_change_between_steps_leave_no_trace(tiny):
+    """Equal node counts, other lifetimes: buffers must be planned anew (ggml_gallocr_needs_realloc compares by index)."""
+    patterns = ["SRFR", "FSRR", "SRRF", "SFRR"]
+    with Session(tiny) as s:
+        s.prefill(random_tokens(N_PAST))
+        first = {x: step_logits(s, policy(x)) for x in patterns}
+        again = {x: step_logits(s, policy(x)) for x in reversed(patterns)}
+    for x in patterns:
+        with Session(tiny) as s:
+            s.prefill(random_tokens(N_PAST))
+            fresh = step_logits(s, policy(x))
+        np.testing.assert_array_equal(first[x], fresh, err_msg=x)
+        np.testing.assert_array_equal(again[x], fresh, err_msg=x)
+
+
+def test_graphs_are_reused_as_in_stock(tiny):
+    reused = {}
+    for name, p in (("stock", None), ("hylra", policy("SRSR"))):
+        with Session(tiny) as s:
+            s.prefill(random_tokens(N_PAST))
+            engine.set_policy(s.ctx, p)
+            s.steps(random_tokens(200, 3), N_PAST)
+            reused[name] = s.api.llama_perf_context(s.ctx).n_reused
+    assert reused["stock"] > 150 and reused["hylra"] == reused["stock"]
+
+
+def test_policy_in_the_file_and_its_switches(tiny, tmp_path, monkeypatch):
+    model = tmp_path / "with.gguf"
+    write_policy(str(tiny), policy("FSRR"), out=str(model))
+    on = lambda **kw: read_status(model, **kw)
+    status = on()
+    assert status["on"] and status["layers"] == {"full": 1, "select": 1, "reuse": 2, "left_to_stock": 0}
+    assert status["steps"] == status["sparse_steps"] == 3
+    assert list(status["captured_mass"]) == [1] and 0.05 < status["captured_mass"][1] <= 1.0001
+    assert on(overrides={"hylra.enabled": False})["reason"] == "switched off by hylra.enabled = false"
+    assert on(overrides={"hylra.min_context": 1024}) | {"steps": 0} == status | {"steps": 0, "sparse_steps": 0, "captured_mass": {}, "min_context": 1024}
+    assert "flash attention is off" in on(flash_attn=False)["reason"]
+    monkeypatch.setenv("HYLRA", "0")
+    assert on()["reason"] == "switched off by the environment variable HYLRA=0"
+
+
+def read_status(model, **kw):
+    with Session(model, **kw) as s:
+        s.prefill(random_tokens(N_PAST))
+        s.steps(random_tokens(3), N_PAST)
+        return engine.status(s.ctx)
+
+
+@pytest.mark.parametrize("n_cached,sparse", [(500, 0), (511, 0), (512, 1), (600, 1)])
+def test_min_context_counts_cached_tokens(tiny, n_cached, sparse):
+    with Session(tiny) as s:
+        s.prefill(random_tokens(n_cached))
+        engine.set_policy(s.ctx, policy("FSRR", min_context=512))
+        s.steps([1], n_cached)
+        assert engine.status(s.ctx)["sparse_steps"] == sparse
+
+
+def test_no_policy_is_told(tiny):
+    assert read_status(tiny)["reason"] == "the model file has no policy"
+
+
+def test_layers_that_cannot_be_served_are_told(tmp_path):
+    """A head larger than any kernel's (HYLRA_MAX_EMBD) is left to llama.cpp, and the status says so."""
+    model = write_tiny_model(tmp_path / "wide.gguf", n_head=1, n_head_kv=1, n_embd_head=704)
+    with Session(model) as s:
+        s.prefill(random_tokens(N_PAST))
+        want = step_logits(s, None)
+        np.testing.assert_array_equal(step_logits(s, policy("FSRR", head_kv_count=1)), want)
+        status = engine.status(s.ctx)
+    assert not status["on"] and "no layer can be served" in status["reason"] and status["layers"]["left_to_stock"] == 4
+
+
+MISFITS = {
+    "another layer count": (lambda: policy("FSRRR"), "layer_count is 5, the model has 4 layers"),
+    "another head count": (lambda: policy("FSRR", head_kv_count=3), "head_kv_count is 3, the model has 2 KV heads"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_policy_that_does_not_fit_runs_dense_and_says_why(tiny, case, tmp_path):
+    make, line = MISFITS[case]
+    with Session(tiny) as s:
+        s.prefill(random_tokens(N_PAST))
+        want = step_logits(s, None)
+        with pytest.raises(PolicyError, match=re.escape(line)):
+            engine.set_policy(s.ctx, make())
+        np.testing.assert_array_equal(s.steps(random_tokens(N_STEPS, 9), N_PAST), want)
+        assert line in engine.status(s.ctx)["reason"] and not engine.status(s.ctx)["on"]

@@ -1,0 +1,576 @@
+"""The header splice on odd but legal files, on broken ones, and through failures in the middle of a write."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from hypothesis import HealthCheck, given, settings
+from test_policy import MEASURED, policies
+
+from hylra_gguf import gguf_header
+from hylra_gguf.errors import HylraError, ModelFileError, PolicyError
+from hylra_gguf.gguf_header import check_target, data_sha256, model_shape, read_header, strip, write_policy
+from hylra_gguf.policy import Policy, read_policy
+
+POLICY = Policy((1, 2, 2, 1), (0, 0, 0, 3), 2, theta=0.95, summary="short", measured=MEASURED)
+LONGER = Policy((0, 1, 2, 2), (-1, 1, 1, 1), 2, calibration="x" * 5000, overlap=(0.5,) * 16)
+
+
+def write_model(path, alignment=None, tensors=True, name="tiny", tail=b""):
+    writer = GGUFWriter(path, "llama")
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    writer.add_name(name)
+    writer.add_block_count(4)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_uint32("hylra_like.key", 7)
+    writer.add_bool("other.flag", True)
+    writer.add_token_list(["a", "bc", "", "ü"])
+    writer.add_array("other.numbers", [1, 2, 3])
+    if tensors:
+        writer.add_tensor("first", np.arange(35, dtype=np.float32).reshape(5, 7))
+        writer.add_tensor("second", np.arange(68, dtype=np.uint8).reshape(2, 34), raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open(path, "ab") as file:
+        file.write(tail)
+    return path
+
+
+def patched(path, *edits):
+    data = bytearray(path.read_bytes())
+    for offset, new in edits:
+        data[offset:offset + len(new)] = new
+    path.write_bytes(data)
+    return path
+
+
+def without_padding(path):
+    for length in range(1, 65):
+        header = read_header(write_model(path, name="n" * length))
+        if not header.padding:
+            return path
+    raise AssertionError("no name length gives an empty padding")
+
+
+def with_strange_padding(path, alignment=None):
+    header = read_header(write_model(path, alignment))
+    assert len(header.padding) > 2
+    return patched(path, (header.infos[1], bytes(1 + at % 255 for at in range(len(header.padding)))))
+
+
+def with_unknown_type(path):
+    header = read_header(write_model(path))
+    return patched(path, (header.infos[1] - 12, struct.pack("<I", 4242)))
+
+
+ODD_FILES = {
+    "plain": write_model,
+    "alignment 64": lambda path: write_model(path, 64),
+    "alignment 8192": lambda path: write_model(path, 8192),
+    "alignment 1": lambda path: write_model(path, 1),
+    "no padding": without_padding,
+    "padding not zero": with_strange_padding,
+    "8 KB of padding not zero": lambda path: with_strange_padding(path, 8192),
+    "no tensors": lambda path: write_model(path, tensors=False),
+    "no tensors, but a tail": lambda path: write_model(path, tensors=False, tail=b"tail of 15 bytes"),
+    "tail": lambda path: write_model(path, tail=os.urandom(70001)),
+    "GGUF 2": lambda path: patched(write_model(path), (4, b"\2")),
+    "unknown tensor type": with_unknown_type,
+}
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("build", ODD_FILES.values(), ids=ODD_FILES)
+def test_strip_restores_every_byte(build, tmp_path):
+    path = build(tmp_path / "model.gguf")
+    before, size, data = sha256(path), path.stat().st_size, data_sha256(path)
+    for policy in (POLICY, LONGER, POLICY):
+        write_policy(path, policy)
+        header = read_header(path)
+        assert read_policy(path) == policy and data_sha256(path) == data
+        assert (path.stat().st_size - size) % 4096 == 0 and path.stat().st_size >= size
+        assert header.data_start % header.alignment == 0 or not header.tensor_count
+    removed = strip(path)
+    assert removed == len(POLICY.to_gguf()) + 1 and sha256(path) == before
+    assert strip(path) == 0 and sha256(path) == before
+    assert os.listdir(tmp_path) == ["model.gguf"]
+
+
+@pytest.mark.parametrize("name", [name for name in ODD_FILES if name != "unknown tensor type"])
+def test_the_common_reader_sees_the_same_model(name, tmp_path):
+    path, copy = ODD_FILES[name](tmp_path / "model.gguf"), tmp_path / "copy.gguf"
+    write_policy(path, POLICY, copy)
+    old, new = GGUFReader(path), GGUFReader(copy)
+    ours = {key for key in new.fields if key.startswith("hylra.")}
+    assert ours == set(POLICY.to_gguf()) | {"hylra.pad"}
+    assert {key: old.fields[key].contents() for key in old.fields if key != "GGUF.kv_count"} == \
+        {key: new.fields[key].contents() for key in new.fields if key not in ours and key != "GGUF.kv_count"}
+    for key, (_, value) in POLICY.to_gguf().items():
+        assert new.fields[key].contents() == (pytest.approx(value) if isinstance(value, float) else value)
+    assert [(t.name, t.tensor_type, t.data.tobytes()) for t in old.tensors] == \
+        [(t.name, t.tensor_type, t.data.tobytes()) for t in new.tensors]
+
+
+def test_keys_of_ours_are_replaced_wherever_they_stand(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_uint32("hylra.top_k", 7)
+    writer.add_block_count(4)
+    writer.add_array("hylra.strange", ["a", "b"])
+    writer.add_head_count(2)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file, writer.close):
+        write()
+    with pytest.raises(PolicyError, match="model.gguf: hylra.strange|model.gguf: key|model.gguf: .*strange"):
+        read_policy(path)
+    write_policy(path, POLICY)
+    assert read_policy(path) == POLICY
+    strip(path)
+    assert list(read_header(path).fields) == ["general.architecture", "llama.block_count", "llama.attention.head_count"]
+
+
+def test_strip_survives_a_pad_of_another_tool(model):
+    before = sha256(model)
+    write_policy(model, POLICY)
+    span = read_header(model).fields["hylra.pad"]
+    patched(model, (span.end - 5, b"~~~~~"))
+    strip(model)
+    assert sha256(model) == before
+
+
+def test_metadata(model):
+    header = read_header(model)
+    assert model_shape(header) == ("llama", 4, 2)
+    assert header.get("general.name") == "tiny" and header.get("other.numbers") == (1, 2, 3) and header.get("other.flag") is True
+    assert header.get("no.key", 5) == 5 and header.get("tokenizer.ggml.tokens") is None
+    assert header.typed("other.") == {"other.flag": ("bool", True), "other.numbers": ("i32[]", (1, 2, 3))}
+    assert data_sha256(model) == hashlib.sha256(model.read_bytes()[header.data_start:]).hexdigest()
+
+
+@pytest.mark.parametrize("heads, expected", [(("head_count", 6), 6), (("head_count_kv", [0, 3, 8, 0]), 8)])
+def test_kv_heads_of_the_widest_layer(heads, expected, tmp_path):
+    path, writer = tmp_path / "model.gguf", GGUFWriter(tmp_path / "model.gguf", "qwen4")
+    writer.add_block_count(4)
+    getattr(writer, f"add_{heads[0]}")(heads[1])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file, writer.close):
+        write()
+    assert model_shape(read_header(path)) == ("qwen4", 4, expected)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(policies())
+def test_any_policy_survives_a_model_file(tmp_path, policy):
+    path, copy = tmp_path / "model.gguf", tmp_path / "copy.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(policy.layer_count)
+    writer.add_head_count_kv([policy.head_kv_count] * policy.layer_count)
+    writer.add_tensor("only", np.ones(3, dtype=np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    write_policy(path, policy, copy, force=True)
+    assert read_policy(copy) == policy and read_policy(path) is None
+    strip(copy)
+    assert sha256(copy) == sha256(path)
+
+
+# ---- broken files
+
+def key(name, type_id, payload):
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", type_id) + payload
+
+
+def raw(*keys, version=3, tensors=b"", tensor_count=0, key_count=None, magic=b"GGUF"):
+    return magic + struct.pack("<IQQ", version, tensor_count, len(keys) if key_count is None else key_count) + b"".join(keys) + tensors
+
+
+def tensor(name=b"t", dims=(4,), kind=0, offset=0):
+    return struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+U32 = struct.pack("<I", 1)
+BROKEN = {
+    "empty": (b"", "empty (0 bytes)"),
+    "3 bytes": (b"GGU", "not a GGUF file"),
+    "text": (b"PK\3\4 some zip file", "not a GGUF file"),
+    "old ggml": (b"lmgg" + bytes(64), "not a GGUF file"),
+    "only magic": (b"GGUF", "the GGUF version needs 4 bytes"),
+    "version 1": (raw(version=1), "GGUF version 1, expected 2 or 3"),
+    "version 4": (raw(version=4), "GGUF version 4, expected 2 or 3"),
+    "version 0": (raw(version=0), "GGUF version 0"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+    "no counts": (raw()[:12], "truncated"),
+    "huge key count": (raw(key_count=2**63), "a header of 9223372036854775808 keys"),
+    "huge tensor count": (raw(tensor_count=2**60), "a header of 0 keys and 1152921504606846976 tensors"),
+    "one key missing": (raw(key(b"a", 4, U32), key_count=2), "truncated"),
+    "empty key": (raw(key(b"", 4, U32), key(b"b", 4, U32)), "key 0 is 0 bytes long"),
+    "long key": (raw(key(b"x" * 65536, 4, U32)), "key 0 is 65536 bytes long"),
+    "key not UTF-8": (raw(key(b"\xff\xfe", 4, U32)), "key 0 is no readable text"),
+    "key of two lines": (raw(key(b"a\nb", 4, U32)), "key 0 is no readable text"),
+    "key twice": (raw(key(b"a", 4, U32), key(b"a", 4, U32)), "key a stands there twice"),
+    "unknown type": (raw(key(b"a", 13, U32)), "key a has value type 13"),
+    "array of arrays": (raw(key(b"a", 9, struct.pack("<IQ", 9, 1) + bytes(12))), "key a has value type 9"),
+    "array of unknown": (raw(key(b"a", 9, struct.pack("<IQ", 77, 1) + bytes(12))), "key a has value type 77"),
+    "huge string": (raw(key(b"a", 8, struct.pack("<Q", 2**62))), "a needs 4611686018427387904 bytes"),
+    "huge array": (raw(key(b"a", 9, struct.pack("<IQ", 4, 2**62))), "a needs 18446744073709551616 bytes"),
+    "huge string list": (raw(key(b"a", 9, struct.pack("<IQ", 8, 2**61))), "a needs 18446744073709551616 bytes"),
+    "string list ends early": (raw(key(b"a", 9, struct.pack("<IQQ", 8, 2, 5) + b"short!")), "a needs"),
+    "string list ends between strings": (raw(key(b"a", 9, struct.pack("<IQQ", 8, 3, 16) + bytes(16))), "a needs 8 bytes"),
+    "long string in a list": (raw(key(b"a", 9, struct.pack("<IQQ", 8, 1, 5000) + bytes(9))), "a needs 5000 bytes"),
+    "alignment 0": (raw(key(b"general.alignment", 4, struct.pack("<I", 0))), "general.alignment is 0"),
+    "alignment 48": (raw(key(b"general.alignment", 4, struct.pack("<I", 48))), "general.alignment is 48"),
+    "alignment 2 GB": (raw(key(b"general.alignment", 4, struct.pack("<I", 2**31))), "general.alignment is 2147483648"),
+    "alignment u64": (raw(key(b"general.alignment", 10, struct.pack("<Q", 32))), "general.alignment is 32 (u64)"),
+    "alignment string": (raw(key(b"general.alignment", 8, struct.pack("<Q", 2) + b"32")), "general.alignment is '32' (string)"),
+    "alignment array": (raw(key(b"general.alignment", 9, struct.pack("<IQI", 4, 1, 32))), "general.alignment is (32,) (u32[])"),
+    "five dimensions": (raw(tensors=tensor(dims=(1,) * 5) + bytes(64), tensor_count=1), "tensor 't' has 5 dimensions"),
+    "no data": (raw(tensors=tensor(), tensor_count=1), "truncated"),
+    "data too short": (raw(tensors=tensor(dims=(40,)) + bytes(99), tensor_count=1), "tensor 't' ends at byte"),
+    "data behind the end": (raw(tensors=tensor(offset=2**63) + bytes(99), tensor_count=1), "tensor 't' ends at byte"),
+    "unknown type behind the end": (raw(tensors=tensor(kind=4242, offset=4096) + bytes(99), tensor_count=1), "tensor 't' ends at byte"),
+    "wild dimensions": (raw(tensors=tensor(dims=(2**63,) * 4) + bytes(99), tensor_count=1), "tensor 't' ends at byte"),
+}
+
+
+@pytest.mark.parametrize("content, words", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_one_line_and_stays_as_it_is(content, words, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    for call in (read_header, read_policy, data_sha256, strip, lambda path: write_policy(path, POLICY)):
+        assert_refused(call, path, words)
+    assert path.read_bytes() == content and os.listdir(tmp_path) == ["model.gguf"]
+
+
+def assert_refused(call, path, words, kind=ModelFileError):
+    with pytest.raises(kind) as caught:
+        call(path)
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text and words in text, text
+
+
+def test_every_truncation_is_noticed(model, tmp_path):
+    write_policy(model, POLICY)
+    header, content = read_header(model), model.read_bytes()
+    short = tmp_path / "short.gguf"
+    last_byte = header.data_start + 35 * 4 + -(35 * 4) % 32 + 68
+    for length in [*range(0, header.data_start, 7), *range(header.data_start, last_byte)]:
+        short.write_bytes(content[:length])
+        with pytest.raises(ModelFileError):
+            read_header(short)
+    short.write_bytes(content[:last_byte])
+    assert read_header(short).tensor_count == 2
+
+
+def test_no_damaged_byte_gives_more_than_one_line(model, tmp_path):
+    write_policy(model, POLICY)
+    content, path, refused = model.read_bytes(), tmp_path / "damaged.gguf", 0
+    used = read_header(model).fields["hylra.pad"].start
+    for offset in [*range(used), *range(*read_header(model).infos)]:
+        path.write_bytes(content[:offset] + bytes([content[offset] ^ (0xFF if offset % 2 else 0x81)]) + content[offset + 1:])
+        try:
+            read_policy(path)
+            model_shape(read_header(path))
+        except HylraError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > used // 2
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda path: None, "No such file or directory"),
+    (lambda path: path.mkdir(), "this is a directory"),
+    (lambda path: os.mkfifo(path), "not a regular file"),
+    (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+])
+def test_what_is_no_file_is_one_line(make, words, tmp_path):
+    path = tmp_path / "model.gguf"
+    make(path)
+    for call in (read_header, read_policy, data_sha256, strip, lambda path: write_policy(path, POLICY)):
+        assert_refused(call, path, words)
+
+
+def test_a_later_shard_is_refused(tmp_path):
+    for number, suffix in ((0, "00001"), (1, "00002")):
+        path, writer = tmp_path / f"m-{suffix}-of-00002.gguf", GGUFWriter(tmp_path / f"m-{suffix}-of-00002.gguf", "llama")
+        writer.add_block_count(4)
+        writer.add_head_count_kv(2)
+        writer.add_uint16("split.no", number)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file, writer.close):
+            write()
+    assert_refused(lambda path: write_policy(path, POLICY), path, "use the first shard")
+    assert_refused(strip, path, "use the first shard")
+    first = tmp_path / "m-00001-of-00002.gguf"
+    write_policy(first, POLICY)
+    assert read_policy(first) == POLICY
+
+
+@pytest.mark.parametrize("name", ["general.alignment", "split.no", "llama.block_count", "hylra"])
+def test_only_keys_of_ours_are_written(name, model):
+    class Strange(Policy):
+        def to_gguf(self):
+            return {**super().to_gguf(), name: ("u32", 64)}
+
+    before = sha256(model)
+    assert_refused(lambda path: write_policy(path, Strange((1, 2, 2, 2), (0, 0, 0, 0), 2)), model, f"refused to write {name}")
+    assert sha256(model) == before
+
+
+@pytest.mark.parametrize("policy, words", [
+    (Policy((1, 2), (0, 0), 2), "2 layers, but the model has 4"),
+    (Policy((1, 2, 2, 2), (0, 0, 0, 0), 8), "8 KV heads, but the model has 2"),
+])
+def test_a_policy_that_does_not_fit_is_refused(policy, words, model):
+    before = sha256(model)
+    assert_refused(lambda path: write_policy(path, policy), model, words, PolicyError)
+    assert sha256(model) == before
+
+
+# ---- writing: places, links, modes
+
+def test_out_leaves_the_model_alone(model, tmp_path):
+    before, out = sha256(model), tmp_path / "out.gguf"
+    model.chmod(0o640)
+    write_policy(model, POLICY, out)
+    assert sha256(model) == before and read_policy(out) == POLICY and out.stat().st_mode & 0o777 == 0o640
+    assert_refused(lambda path: write_policy(model, LONGER, path), out, "this file exists")
+    assert read_policy(out) == POLICY
+    write_policy(model, LONGER, out, force=True)
+    assert read_policy(out) == LONGER
+    strip(out, tmp_path / "stripped.gguf")
+    assert sha256(tmp_path / "stripped.gguf") == before and read_policy(out) == LONGER
+    strip(model, tmp_path / "same.gguf")
+    assert sha256(tmp_path / "same.gguf") == before
+
+
+def test_out_that_is_the_model_itself_means_in_place(model, tmp_path):
+    (tmp_path / "link.gguf").symlink_to(model)
+    write_policy(model, POLICY, tmp_path / "link.gguf")
+    assert read_policy(model) == POLICY and (tmp_path / "link.gguf").is_symlink()
+
+
+def test_links(model, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    os.link(model, other / "hard.gguf")
+    (other / "soft.gguf").symlink_to("../model.gguf")
+    before = sha256(model)
+    model.chmod(0o604)
+    write_policy(other / "soft.gguf", POLICY)
+    assert (other / "soft.gguf").is_symlink() and read_policy(model) == POLICY and model.stat().st_mode & 0o777 == 0o604
+    assert sha256(other / "hard.gguf") == before
+    assert sorted(os.listdir(other)) == ["hard.gguf", "soft.gguf"]
+
+
+@pytest.mark.parametrize("out, words", [
+    ("no/such/dir/out.gguf", "no such directory"),
+    (".", "not a regular file"),
+    ("pipe", "not a regular file"),
+    ("x" * 250, "File name too long"),
+])
+def test_a_bad_output_is_one_line(out, words, model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = sha256(model)
+    with pytest.raises(ModelFileError) as caught:
+        write_policy(model, POLICY, tmp_path / out)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert sha256(model) == before and sorted(os.listdir(tmp_path)) == ["model.gguf", "pipe"]
+
+
+# ---- writing: failures in the middle
+
+def partly(error):
+    def copy(source, target, start, count):
+        os.write(target, b"part")
+        raise error
+
+    return copy
+
+
+def raising(error):
+    def call(*_, **__):
+        raise error
+
+    return call
+
+
+FULL_DISK, QUOTA = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded")
+NO_SPACE = "No space left on device; nothing was changed"
+FAILURES = {
+    "disk full in the copy": (gguf_header, "_copy_some", partly(FULL_DISK), ModelFileError, NO_SPACE),
+    "disk full in the header": (os, "write", raising(FULL_DISK), ModelFileError, NO_SPACE),
+    "quota": (gguf_header, "_copy_some", partly(QUOTA), ModelFileError, "Disk quota exceeded; nothing"),
+    "bad disk at fsync": (os, "fsync", raising(OSError(errno.EIO, "Input/output error")), ModelFileError, "Input/output error"),
+    "rename": (os, "replace", raising(OSError(errno.EBUSY, "Device or resource busy")), ModelFileError, "resource busy"),
+    "read": (gguf_header, "_copy_some", raising(OSError(errno.EIO, "Input/output error")), ModelFileError, "Input/output error"),
+    "early end": (gguf_header, "_copy_some", lambda *_: 0, ModelFileError, "ended early"),
+    "interrupt": (gguf_header, "_copy_some", raising(KeyboardInterrupt()), KeyboardInterrupt, ""),
+}
+
+
+@pytest.mark.parametrize("owner, name, fake, kind, words", FAILURES.values(), ids=FAILURES)
+def test_a_failed_write_changes_nothing(owner, name, fake, kind, words, model, tmp_path, monkeypatch):
+    before = sha256(model)
+    monkeypatch.setattr(owner, name, fake)
+    for out in (None, tmp_path / "out.gguf"):
+        with pytest.raises(kind) as caught:
+            write_policy(model, POLICY, out)
+        if kind is ModelFileError:
+            assert words in str(caught.value) and str(out or model) in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert sha256(model) == before and os.listdir(tmp_path) == ["model.gguf"]
+
+
+def test_a_model_that_changes_meanwhile_is_left_alone(model, tmp_path):
+    def meddle(done_bytes, total_bytes):
+        os.utime(model, ns=(1, 1))
+
+    with pytest.raises(ModelFileError, match="changed while it was copied"):
+        write_policy(model, POLICY, progress=meddle)
+    assert read_policy(model) is None and os.listdir(tmp_path) == ["model.gguf"]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(model, monkeypatch):
+    fsync = os.fsync
+    calls = []
+
+    def only_files(fd):
+        calls.append(fd)
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    write_policy(model, POLICY)
+    assert read_policy(model) == POLICY and len(calls) == 2
+
+
+def no_kernel_copy(*_, **__):
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+@pytest.mark.parametrize("fake", [no_kernel_copy, lambda *_, **__: 0, None], ids=["refused", "copies nothing", "absent"])
+def test_the_plain_copy_writes_the_same_file(fake, tmp_path, monkeypatch):
+    path = write_model(tmp_path / "model.gguf", tail=os.urandom(300001))
+    write_policy(path, POLICY, tmp_path / "kernel.gguf")
+    if fake:
+        monkeypatch.setattr(os, "copy_file_range", fake)
+    else:
+        monkeypatch.delattr(os, "copy_file_range")
+    monkeypatch.setattr(gguf_header, "_READ_BYTES", 1000)
+    write_policy(path, POLICY, tmp_path / "plain.gguf")
+    assert sha256(tmp_path / "plain.gguf") == sha256(tmp_path / "kernel.gguf")
+
+
+def test_the_bulk_of_the_copy_can_share_blocks(tmp_path, monkeypatch):
+    """File systems share a block only if it starts at a block boundary in both files."""
+    path, starts = write_model(tmp_path / "model.gguf", tail=bytes(100000)), []
+
+    def recorded(source, target, count, offset_src):
+        starts.append((offset_src % 4096, os.lseek(target, 0, os.SEEK_CUR) % 4096))
+        os.sendfile(target, source, offset_src, count)
+        return count
+
+    monkeypatch.setattr(os, "copy_file_range", recorded)
+    write_policy(path, POLICY)
+    assert starts[-1] == (0, 0) and starts[-2][0] == starts[-2][1] == read_header(path).data_start % 4096
+    assert read_policy(path) == POLICY
+
+
+def test_progress_ends_at_the_size_of_the_new_file(tmp_path):
+    path, steps = write_model(tmp_path / "model.gguf", tail=bytes(100000)), []
+    write_policy(path, POLICY, progress=lambda done, total: steps.append((done, total)))
+    assert steps == sorted(steps) and steps[-1] == (path.stat().st_size, path.stat().st_size)
+    steps.clear()
+    data_sha256(path, lambda done, total: steps.append((done, total)))
+    assert steps[-1][0] == steps[-1][1] == path.stat().st_size - read_header(path).data_start
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_memory_stays_flat(kernel, tmp_path, monkeypatch):
+    path = write_model(tmp_path / "model.gguf")
+    os.truncate(path, 96 << 20)
+    if not kernel:
+        monkeypatch.setattr(os, "copy_file_range", no_kernel_copy)
+    tracemalloc.start()
+    write_policy(path, POLICY)
+    data_sha256(path)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 16 << 20
+
+
+# ---- leftovers of a killed run
+
+def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(model, tmp_path):
+    names = (".model.gguf.hylra-dead.tmp", ".model.gguf.hylra-beef.tmp", ".else.gguf.hylra-dead.tmp")
+    dead, alive, other = (tmp_path / name for name in names)
+    for path in (dead, alive, other):
+        path.write_bytes(b"half a model")
+    with open(alive, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write_policy(model, POLICY)
+        assert sorted(os.listdir(tmp_path)) == sorted([other.name, alive.name, "model.gguf"])
+    write_policy(model, POLICY)
+    assert sorted(os.listdir(tmp_path)) == sorted([other.name, "model.gguf"])
+
+
+def test_a_writer_holds_the_lock(model, tmp_path):
+    def look(done_bytes, total_bytes):
+        temporary, = [path for path in tmp_path.iterdir() if path != model]
+        with open(temporary, "rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    write_policy(model, POLICY, progress=look)
+    assert read_policy(model) == POLICY
+
+
+def test_a_killed_run_harms_nothing(model, tmp_path):
+    before = sha256(model)
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from hylra_gguf.gguf_header import write_policy
+        from hylra_gguf.policy import Policy
+
+        def die(done, total):
+            if done * 2 > total:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        write_policy(sys.argv[1], Policy((1, 2, 2, 2), (0, 0, 0, 0), 2), progress=die)
+    """)
+    done = subprocess.run([sys.executable, "-c", script, str(model)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [name for name in os.listdir(tmp_path) if name != "model.gguf"]
+    assert len(left) == 1 and left[0].startswith(".model.gguf.hylra-") and left[0].endswith(".tmp")
+    assert sha256(model) == before
+    write_policy(model, POLICY)
+    assert os.listdir(tmp_path) == ["model.gguf"]
+    strip(model)
+    assert sha256(model) == before
+
+
+def test_a_check_of_the_target_changes_nothing(model, tmp_path):
+    before = sha256(model)
+    assert check_target(model, tmp_path / "out.gguf").tensor_count == 2
+    assert sha256(model) == before and os.listdir(tmp_path) == ["model.gguf"]

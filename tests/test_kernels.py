@@ -1,0 +1,230 @@
+"""Kernels of every instruction set against their scalar twins and a float64 NumPy statement of attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as T
+from gguf import quants
+
+from hylra_gguf import engine
+
+ISAS = ["ref", "base", "avx2", "avx512"]
+FORCED, HIDDEN = 2.0, -1.0
+
+
+def available(isa: str) -> bool:
+    out = engine.ffi.new("int32_t[1]")
+    return engine.lib.hylra_test_choose(isa.encode(), engine.ffi.new("float[1]", [0.5]), 1, 1, 1, out) >= 0
+
+
+HERE = [isa for isa in ISAS if available(isa)]
+
+
+class Problem:
+    """A random attention problem in a KV cache laid out as llama.cpp's: [cell][kv head][dim], one view per stream."""
+
+    def __init__(self, type_k=T.F16, type_v=None, n_embd_k=64, n_embd_v=None, group=3, n_head_kv=3, n_kv=700, n_tokens=1, n_stream=1,
+                 softcap=0.0, max_bias=0.0, sinks=False, visible=0.8, seed=0):
+        self.__dict__.update(locals())
+        self.type_v = type_v or type_k
+        self.n_embd_v = n_embd_v or n_embd_k
+        self.n_head = group * n_head_kv
+        rng = np.random.default_rng(seed)
+        self.scale = np.float32(1 / np.sqrt(n_embd_k))
+        self.q = rng.standard_normal((n_stream, self.n_head, n_tokens, n_embd_k)).astype(np.float32) * 2
+        self.k_raw, self.k = self.store(rng, self.type_k, n_embd_k)
+        self.v_raw, self.v = self.store(rng, self.type_v, self.n_embd_v)
+        self.mask = self.make_mask(rng)
+        self.sink_values = rng.standard_normal(self.n_head).astype(np.float32) if sinks else None
+
+    def store(self, rng, kind, n_embd):
+        """(raw rows [stream, cell, bytes], the float32 values they stand for [stream, kv head, cell, dim])."""
+        x = rng.standard_normal((self.n_stream, self.n_kv, self.n_head_kv * n_embd)).astype(np.float32)
+        raw = np.ascontiguousarray(quants.quantize(x, kind))
+        values = quants.dequantize(raw, kind).reshape(self.n_stream, self.n_kv, self.n_head_kv, n_embd)
+        return raw.view(np.uint8), values.transpose(0, 2, 1, 3).astype(np.float32)
+
+    def make_mask(self, rng):
+        seen = rng.random((self.n_stream, self.n_tokens, self.n_kv)) < self.visible
+        seen[..., 0] = True
+        distance = -np.abs(np.arange(self.n_kv) - self.n_kv).astype(np.float16) if self.max_bias else np.float16(0)
+        return np.where(seen, distance, np.float16(-np.inf)).astype(np.float16)
+
+    def struct(self, cells=None):
+        a = engine.ffi.new("struct hylra_attn *")
+        for name in ("n_embd_k", "n_embd_v", "n_head", "n_head_kv", "n_kv", "n_tokens", "n_stream", "scale", "max_bias", "softcap"):
+            setattr(a, name, getattr(self, name))
+        a.layer, a.type_k, a.type_v = 0, int(self.type_k), int(self.type_v)
+        pointer = lambda x: engine.ffi.cast("void *", x.ctypes.data)
+        a.q, a.k, a.v, a.mask = pointer(self.q), pointer(self.k_raw), pointer(self.v_raw), pointer(self.mask)
+        if self.sink_values is not None:
+            a.sinks = pointer(self.sink_values)
+        token = 4 * self.n_embd_k
+        a.q_nb = [4, token, token * self.n_tokens, token * self.n_tokens * self.n_head]
+        for nb, raw in ((a.k_nb, self.k_raw), (a.v_nb, self.v_raw)):
+            row = raw.shape[-1]
+            nb[0:4] = [0, row, row // self.n_head_kv, row * self.n_kv]
+        a.mask_nb = [2, 2 * self.n_kv, 2 * self.n_kv * self.n_tokens, 2 * self.n_kv * self.n_tokens]
+        if cells is not None:
+            a.cells, a.n_cells, a.lists = pointer(cells), cells.shape[-1], cells.shape[-2]
+        return a
+
+    def run(self, isa, cells=None, head_list=None, score_lists=0):
+        """(out [stream, token, head, dim], scores [stream, token, list, cell] or None) of one kernel set."""
+        out = np.full((self.n_stream, self.n_tokens, self.n_head, self.n_embd_v), np.nan, np.float32)
+        scores = np.full((self.n_stream, self.n_tokens, score_lists, self.n_kv), np.nan, np.float32) if score_lists else None
+        heads = np.asarray(head_list if head_list is not None else [0] * self.n_head_kv, np.int32)
+        floats = lambda x: engine.ffi.NULL if x is None else engine.ffi.cast("float *", x.ctypes.data)
+        code = engine.lib.hylra_test_attend(isa.encode(), self.struct(cells), engine.ffi.cast("int32_t *", heads.ctypes.data),
+                                            floats(out), floats(scores), score_lists)
+        assert code == 0
+        return out, scores
+
+    def slopes(self):
+        if not self.max_bias:
+            return np.ones(self.n_head)
+        n_log2 = 2 ** int(np.floor(np.log2(self.n_head)))
+        m0, m1 = 2.0 ** (-self.max_bias / n_log2), 2.0 ** (-self.max_bias / 2 / n_log2)
+        return np.array([m0 ** (h + 1) if h < n_log2 else m1 ** (2 * (h - n_log2) + 1) for h in range(self.n_head)])
+
+    def expected(self, allowed=None):
+        """float64 attention: (out, probabilities [stream, token, head, cell]); allowed: [stream, token, kv head, cell] bool."""
+        k, v = (np.repeat(x.astype(np.float64), self.group, axis=1) for x in (self.k, self.v))
+        s = np.einsum("shtd,shcd->sthc", self.q.astype(np.float64), k) * self.scale
+        if self.softcap:
+            s = self.softcap * np.tanh(s / self.softcap)
+        s = s + self.slopes()[:, None] * self.mask.astype(np.float64)[:, :, None, :]
+        if allowed is not None:
+            s = np.where(np.repeat(allowed, self.group, axis=2), s, -np.inf)
+        sink = self.sink_values.astype(np.float64)[:, None] if self.sink_values is not None else np.full((self.n_head, 1), -np.inf)
+        top = np.maximum(s.max(-1, keepdims=True), sink)
+        e = np.exp(s - top)
+        p = e / (e.sum(-1, keepdims=True) + np.exp(sink - top))
+        return np.einsum("sthc,shcd->sthd", p, v), p
+
+
+CASES = {
+    "f16": {},
+    "f32": dict(type_k=T.F32),
+    "bf16": dict(type_k=T.BF16),
+    "q8_0": dict(type_k=T.Q8_0),
+    "q4_0": dict(type_k=T.Q4_0),
+    "q5_1, no reader of its own": dict(type_k=T.Q5_1),
+    "k q8_0, v f16": dict(type_k=T.Q8_0, type_v=T.F16),
+    "head 80": dict(n_embd_k=80, group=2),
+    "head 96": dict(n_embd_k=96, group=4),
+    "head 128": dict(n_embd_k=128, group=5, n_head_kv=2),
+    "head 256": dict(n_embd_k=256, group=7, n_head_kv=1),
+    "head 20, padded": dict(n_embd_k=20, n_embd_v=12),
+    "MLA 576/512": dict(n_embd_k=576, n_embd_v=512, group=16, n_head_kv=1, n_kv=300),
+    "group 1": dict(group=1, n_head_kv=5),
+    "group 16": dict(group=16, n_head_kv=2),
+    "softcap": dict(softcap=5.0),
+    "ALiBi": dict(max_bias=8.0),
+    "ALiBi, 6 heads": dict(max_bias=8.0, group=2),
+    "sinks": dict(sinks=True),
+    "4 tokens": dict(n_tokens=4),
+    "3 streams of 2 tokens": dict(n_tokens=2, n_stream=3, n_kv=333),
+    "64 tokens": dict(n_tokens=64, n_kv=80),
+    "1 cell": dict(n_kv=1),
+    "31 cells": dict(n_kv=31),
+    "many chunks": dict(n_kv=5000, n_head_kv=1),
+    "few visible": dict(visible=0.01, n_kv=3000, n_head_kv=1),
+}
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("case", CASES)
+def test_dense(case, isa):
+    problem = Problem(**CASES[case])
+    out, scores = problem.run(isa, score_lists=problem.n_head_kv)
+    want, p = problem.expected()
+    np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
+    pooled = p.reshape(*p.shape[:2], problem.n_head_kv, problem.group, problem.n_kv).mean(3)
+    hidden = np.broadcast_to((problem.mask == -np.inf)[:, :, None], pooled.shape)
+    np.testing.assert_allclose(scores, np.where(hidden, HIDDEN, pooled), atol=1e-6, rtol=1e-4)
+    _, shared = problem.run(isa, score_lists=1)
+    np.testing.assert_allclose(shared[:, :, 0], np.where(hidden[:, :, 0], HIDDEN, pooled.mean(2)), atol=1e-6, rtol=1e-4)
+
+
+def random_lists(problem, lists, n_cells, seed=1):
+    """Ascending cells per token and list, hidden ones among them, -1 at the end; and what each KV head may see."""
+    rng = np.random.default_rng(seed)
+    head_list = rng.integers(0, lists, problem.n_head_kv) if lists > 1 else np.zeros(problem.n_head_kv, int)
+    cells = np.full((problem.n_stream, problem.n_tokens, lists, n_cells), -1, np.int32)
+    allowed = np.zeros((problem.n_stream, problem.n_tokens, problem.n_head_kv, problem.n_kv), bool)
+    for s, t, i in np.ndindex(*cells.shape[:3]):
+        n = min(n_cells - rng.integers(0, 3), problem.n_kv)
+        cells[s, t, i, :n] = np.sort(np.append(rng.choice(np.arange(1, problem.n_kv), n - 1, replace=False), 0)) if n > 1 else 0
+    for s, t, h in np.ndindex(*allowed.shape[:3]):
+        listed = cells[s, t, head_list[h]]
+        allowed[s, t, h, listed[listed >= 0]] = True
+    return cells, head_list, allowed
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("lists", ["shared", "per head"])
+@pytest.mark.parametrize("case", [c for c in CASES if c != "1 cell"])
+def test_gather(case, lists, isa):
+    problem = Problem(**CASES[case])
+    cells, head_list, allowed = random_lists(problem, 1 if lists == "shared" else problem.n_head_kv, min(200, problem.n_kv))
+    out, _ = problem.run(isa, cells, head_list)
+    want, _ = problem.expected(allowed)
+    np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
+
+
+def test_no_visible_cell_gives_zeros():
+    problem = Problem(n_kv=100)
+    problem.mask[:] = -np.inf
+    for isa in HERE:
+        assert not problem.run(isa)[0].any()
+
+
+def choose(isa, scores, top_k, block_size=1):
+    scores = np.ascontiguousarray(scores, np.float32)
+    out = np.full(top_k, -7, np.int32)
+    n = engine.lib.hylra_test_choose(isa.encode(), engine.ffi.cast("float *", scores.ctypes.data), len(scores), top_k, block_size,
+                                     engine.ffi.cast("int32_t *", out.ctypes.data))
+    assert (out[n:] == -1).all()
+    return out[:n]
+
+
+def random_scores(n_kv, seed, ties):
+    rng = np.random.default_rng(seed)
+    scores = rng.random(n_kv).astype(np.float32) ** 8
+    if ties:
+        scores = np.round(scores, 2)
+    scores[rng.random(n_kv) < 0.05] += FORCED
+    scores[rng.random(n_kv) < 0.2] = HIDDEN
+    return scores
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 128])
+@pytest.mark.parametrize("n_kv,top_k", [(1, 1), (300, 40), (5000, 1024), (5000, 5000), (513, 512)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_choose_equals_twin(n_kv, top_k, block_size, ties):
+    for seed in range(5):
+        scores = random_scores(n_kv, seed, ties)
+        forced = np.flatnonzero(scores >= FORCED)
+        if len(forced) > top_k:
+            scores[forced[top_k:]] -= FORCED
+        want = choose("ref", scores, top_k, block_size)
+        for isa in HERE:
+            np.testing.assert_array_equal(choose(isa, scores, top_k, block_size), want)
+
+
+def test_choose_takes_the_best_ascending_forced_first_hidden_never():
+    scores = np.array([0.1, 0.9, HIDDEN, 0.3, FORCED, 0.3, 0.8], np.float32)
+    for isa in HERE:
+        assert choose(isa, scores, 3).tolist() == [1, 4, 6]
+        assert choose(isa, scores, 4).tolist() == [1, 3, 4, 6]  # of equals the lower cell
+        assert choose(isa, scores, 7).tolist() == [0, 1, 3, 4, 5, 6]
+
+
+def test_choose_blocks_takes_whole_blocks_while_they_fit():
+    scores = np.zeros(64, np.float32)
+    scores[16:32], scores[48], scores[0] = 0.01, 0.9, FORCED
+    for isa in HERE:
+        assert choose(isa, scores, 33, 16).tolist() == [0, *range(16, 32), *range(48, 64)]
+        assert choose(isa, scores, 32, 16).tolist() == [0, *range(48, 64)]
