@@ -15,7 +15,19 @@ from .errors import EngineError, PolicyError
 from .policy import Policy
 
 LLAMA_CPP_VERSION = "0.3.36"
-LIB_DIR = Path(__file__).resolve().parent / "lib"
+
+
+def _lib_dir() -> Path:
+    """Beside this file; a checkout has none, so there that of the installed package, which then only lends its library."""
+    own = Path(__file__).resolve().parent / "lib"
+    try:
+        installed = Path(importlib.metadata.distribution("hylra-gguf").locate_file("hylra_gguf/lib"))
+    except importlib.metadata.PackageNotFoundError:
+        return own
+    return own if own.is_dir() else installed
+
+
+LIB_DIR = _lib_dir()
 
 TRACE_STOCK, TRACE_ATTEND, TRACE_REDUCE, TRACE_CHOOSE = 1, 2, 3, 4  # enum hylra_trace
 

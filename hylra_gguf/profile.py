@@ -258,7 +258,7 @@ class DensePass:
             return False
         try:
             tensor = self.engine.ffi.cast("void *", node)
-            wanted = bool(self.engine.lib.hylra_trace_node(tensor, self.trace))
+            wanted = self.engine.lib.hylra_trace_node(tensor, self.trace) == self.engine.TRACE_STOCK
             if wanted and not ask:
                 self.take_layer()
             return wanted

@@ -75,7 +75,11 @@ constexpr int fold_index(int j, int g, int offset) {
 
 template<int G, int... J>
 inline vf fold(vf x, vf y, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
     return __builtin_shufflevector(x, y, fold_index(J, G, 0)...) + __builtin_shufflevector(x, y, fold_index(J, G, G)...);
+#else // __builtin_shufflevector came with GCC 12
+    return __builtin_shuffle(x, y, vi{fold_index(J, G, 0)...}) + __builtin_shuffle(x, y, vi{fold_index(J, G, G)...});
+#endif
 }
 
 // Lane i of the result is the sum of the lanes of a[i]: LANES horizontal sums for log2(LANES) folds each.
