@@ -84,24 +84,25 @@ def _verify_data(args: argparse.Namespace, policy: Policy) -> str:
     return f"sha256 {found}, as measured"
 
 
-def cmd_embed_policy(args: argparse.Namespace) -> Optional[int]:
+def cmd_embed_policy(args: argparse.Namespace) -> None:
     header = check_target(args.model, args.output, args.force)  # before minutes of profiling
-    if args.policy is None:
-        return _lazy("embed", "cmd_embed_auto")(args)
-    idle = [name for name in PLANNING if getattr(args, name) is not None]
-    if idle:
-        raise PolicyError(f"--{idle[0].replace('_', '-')} has no effect beside --policy; leave one of them out")
-    policy = Policy.load(args.policy)
+    policy = _given_policy(args) if args.policy else _lazy("embed", "plan_for_model")(args)
     check_fits(header, policy)
     if not args.dry_run:
         with _progress(args, "embed") as progress:
             write_policy(args.model, policy, args.output, progress, args.force)
     print(policy.describe())
     print(f"{args.output or args.model}: {'dry run, nothing written' if args.dry_run else 'policy written'}", file=sys.stderr)
-    return 0
 
 
-def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], Optional[int]]:
+def _given_policy(args: argparse.Namespace) -> Policy:
+    idle = [name for name in PLANNING if getattr(args, name) is not None]
+    if idle:
+        raise PolicyError(f"--{idle[0].replace('_', '-')} has no effect beside --policy; leave one of them out")
+    return Policy.load(args.policy)
+
+
+def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], Any]:
     """A command whose module is imported when it runs, so that `show` needs neither the engine nor a profile."""
     return lambda args: getattr(importlib.import_module(f".{module}", __package__), function)(args)
 

@@ -1,10 +1,9 @@
-"""`embed-policy MODEL` without a policy: profiles the file, plans and writes the plan into it."""
+"""`embed-policy MODEL` without a policy: profiles the file and plans from what it finds."""
 
 from __future__ import annotations
 
 import sys
 
-from .gguf_header import Progress, write_policy
 from .plan import plan_options, plan_policy
 from .policy import Policy
 from .profile import RECENT_TOKENS, SINK_TOKENS, describe, profile_model
@@ -28,11 +27,3 @@ def plan_for_model(args) -> Policy:
     )
     print(describe(profile), file=sys.stderr)
     return plan_policy(profile, **plan_options(args))
-
-
-def cmd_embed_auto(args, progress: Progress | None = None) -> None:
-    policy = plan_for_model(args)
-    if not args.dry_run:
-        write_policy(args.model, policy, args.output, progress, args.force)
-    print(policy.describe())
-    print(f"{args.output or args.model}: {'dry run, nothing written' if args.dry_run else 'policy written'}", file=sys.stderr)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import math
 import os
-import secrets
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Callable, Dict, Iterator, NamedTuple, Optional, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 from gguf import GGML_QUANT_SIZES
 
+from . import files
 from .errors import ModelFileError, PolicyError, plain_os_errors
 
 PREFIX, PAD_KEY = "hylra.", "hylra.pad"
@@ -30,13 +27,9 @@ _FORMATS = dict(_SCALARS.values())
 _TYPE_IDS = {name: type_id for type_id, (name, _) in _SCALARS.items()}
 _TYPE_SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}  # ggml type -> (block elements, block bytes)
 
-_BLOCK_BYTES = 4096           # file systems share blocks of this size between copies
-_CHUNK_BYTES = 64 << 20
-_READ_BYTES = 4 << 20
 _KEPT_BYTES = 64 << 10        # values up to this size stay in memory: everything but the tokenizer's arrays
 _KEPT_HYLRA_BYTES = 64 << 20
 _MAX_ALIGNMENT_BYTES = 1 << 20
-_NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
 
 class Field(NamedTuple):
@@ -161,7 +154,7 @@ def data_sha256(path: Path, progress: Optional[Progress] = None) -> str:
     """sha256 of everything from the start of the tensor data to the end of the file: the same before and after embed and strip."""
     header = read_header(path)
     digest, done, total = hashlib.sha256(), 0, header.size_bytes - header.data_start
-    buffer = memoryview(bytearray(_READ_BYTES))
+    buffer = memoryview(bytearray(files.READ_BYTES))
     with plain_os_errors(header.path), _open_regular(header.path) as file:
         file.seek(header.data_start)
         while count := file.readinto(buffer):
@@ -344,7 +337,7 @@ def _splice(header: Header, kv: Typed, out: Optional[Path], progress: Optional[P
     parts, target = _layout(header, kv), _target(header.path, out)
     with plain_os_errors(os.fspath(out or header.path)), _open_regular(header.path) as source:
         mode = stat.S_IMODE(os.fstat(source.fileno()).st_mode)
-        with replacing(target, mode) as fd:
+        with files.replacing(target, mode) as fd:
             _write_parts(source.fileno(), fd, parts, progress)
             if _stamp(os.fstat(source.fileno())) != header.stamp:
                 raise ModelFileError(f"{header.path}: the file changed while it was copied; nothing was written, try again")
@@ -359,7 +352,7 @@ def _layout(header: Header, kv: Typed) -> list[Union[bytes, tuple[int, int]]]:
     kept_data = _align(kept_end, header.alignment) if header.tensor_count else kept_end
     padding = _first_padding(header, kept_data - kept_end)
     if kv:
-        added += _pad_field(kept_end + len(added), kept_data, max(_BLOCK_BYTES, header.alignment), padding)
+        added += _pad_field(kept_end + len(added), kept_data, max(files.BLOCK_BYTES, header.alignment), padding)
         padding = b""
     spans = [(field.start, field.end) for field in kept]
     return [fixed, *spans, added, header.infos, padding, (header.data_start, header.size_bytes)]
@@ -402,97 +395,7 @@ def _write_parts(source: int, target: int, parts: list[Union[bytes, tuple[int, i
     total = sum(len(part) if isinstance(part, bytes) else part[1] - part[0] for part in parts)
     done = 0
     for part in parts:
-        for count in _write(target, part) if isinstance(part, bytes) else _copy(source, target, *part):
+        for count in files.write(target, part) if isinstance(part, bytes) else files.copy(source, target, *part):
             done += count
             if progress:
                 progress(done, total)
-
-
-def _write(target: int, data: bytes) -> Iterator[int]:
-    while data:
-        count = os.write(target, data)
-        data = data[count:]
-        yield count
-
-
-def _copy(source: int, target: int, start: int, end: int) -> Iterator[int]:
-    while start < end:
-        # only a copy that starts at a block boundary can share blocks
-        count = _copy_some(source, target, start, min(end - start, -start % _BLOCK_BYTES or _CHUNK_BYTES))
-        if not count:
-            raise OSError(errno.EIO, "the file ended early while it was copied; nothing was written, try again")
-        start += count
-        yield count
-
-
-def _copy_some(source: int, target: int, start: int, count: int) -> int:
-    if hasattr(os, "copy_file_range"):
-        try:
-            done = os.copy_file_range(source, target, count, offset_src=start)
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
-                raise
-            done = 0
-        if done:
-            return done
-    return sum(_write(target, os.pread(source, min(count, _READ_BYTES), start)))
-
-
-# ---- one file in place of another
-
-@contextlib.contextmanager
-def replacing(target: str, mode: Optional[int] = None) -> Iterator[int]:
-    """A descriptor whose content takes the place of `target` when the block ends well; if not, nothing changes or is left."""
-    folder, name = os.path.split(os.path.realpath(target))
-    _remove_leftovers(folder, name)
-    temporary = os.path.join(folder, f".{name}.hylra-{secrets.token_hex(4)}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield fd
-        _keep_owner(fd, os.path.join(folder, name), mode)
-        os.fsync(fd)
-        os.replace(temporary, os.path.join(folder, name))
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    finally:
-        os.close(fd)
-    with contextlib.suppress(OSError):  # the file is in place already
-        _sync(folder)
-
-
-def _remove_leftovers(folder: str, name: str) -> None:
-    """Removes what a killed run has left; a run that still writes holds a lock."""
-    start = f".{name}.hylra-"
-    with contextlib.suppress(OSError):
-        for entry in os.listdir(folder):
-            if entry.startswith(start) and entry.endswith(".tmp"):
-                _remove_unlocked(os.path.join(folder, entry))
-
-
-def _remove_unlocked(path: str) -> None:
-    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
-
-
-def _keep_owner(fd: int, target: str, mode: Optional[int]) -> None:
-    """Owner and mode of the file that is replaced; a new file gets `mode`, or what the umask says."""
-    with contextlib.suppress(FileNotFoundError):
-        old = os.stat(target)
-        mode = stat.S_IMODE(old.st_mode)
-        with contextlib.suppress(PermissionError):
-            os.fchown(fd, old.st_uid, old.st_gid)
-    if mode is not None:
-        os.fchmod(fd, mode)
-
-
-def _sync(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -15,7 +15,8 @@ from typing import Any, Dict, Optional, Tuple, Union
 import numpy as np
 
 from .errors import PolicyError, plain_os_errors
-from .gguf_header import PAD_KEY, PREFIX, Path, Typed, read_header, replacing
+from .files import replacing
+from .gguf_header import PAD_KEY, PREFIX, Path, Typed, read_header
 
 FULL, SELECT, REUSE = 0, 1, 2
 SCHEMA_VERSION = 1

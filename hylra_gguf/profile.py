@@ -19,7 +19,7 @@ import numpy as np
 
 from . import measure
 from .errors import ModelFileError, ProfileError, plain_os_errors
-from .gguf_header import replacing
+from .files import replacing
 from .measure import Collector, SampledRow
 from .texts import calibration_text, read_texts
 

@@ -215,8 +215,6 @@ def test_help_and_version(capsys):
      dict(profile="p.json", theta=0.9, top_k=1024, strategy="explicit", layers="2,13", n=3, sink=4, recent=128, min_context=0,
           block_size=32, similarity="overlap", max_sensitivity=0.2, lists="head", output="q.json")),
     ("plan p.json", "plan", "cmd_plan", dict(theta=None, top_k=None, strategy=None, lists=None, similarity=None, output=None)),
-    ("embed-policy model.gguf -f a -c 64 --top-k 7", "embed", "cmd_embed_auto",
-     dict(model="model.gguf", policy=None, output=None, file=["a"], ctx_size=64, top_k=7, dry_run=False, force=False)),
     ("run m.gguf -p hi -n 5 -c 64 -t 1 --policy p.json --no-hylra --temp 0.5 --seed 3 --chat", "generate", "cmd_run",
      dict(model="m.gguf", prompt="hi", file=None, n_predict=5, ctx_size=64, threads=1, policy="p.json", no_hylra=True, temp=0.5,
           seed=3, chat=True)),
@@ -231,6 +229,16 @@ def test_flags_reach_the_other_commands(line, module, function, expected, folder
     monkeypatch.setitem(sys.modules, f"hylra_gguf.{module}", fake)
     assert run(capsys, *line.split()) == (7, "", "")
     assert {name: seen[0][name] for name in expected} == expected
+
+
+def test_embed_policy_writes_what_was_planned(folder, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setitem(sys.modules, "hylra_gguf.embed",
+                        types.SimpleNamespace(plan_for_model=lambda args: seen.append(vars(args)) or POLICY))
+    code, out, err = run(capsys, "embed-policy", "model.gguf", "-f", "a", "-c", "64", "--top-k", "7")
+    assert (code, err) == (0, "model.gguf: policy written\n") and out == POLICY.describe() + "\n"
+    assert {name: seen[0][name] for name in ("file", "ctx_size", "top_k", "policy")} == dict(file=["a"], ctx_size=64, top_k=7, policy=None)
+    assert read_policy(folder / "model.gguf") == POLICY
 
 
 @pytest.mark.parametrize("error, code, line", [
@@ -310,9 +318,9 @@ def test_an_interrupt_leaves_nothing(folder):
     before = contents(folder)
     hook = textwrap.dedent(f"""
         import os, signal
-        from hylra_gguf import gguf_header
+        from hylra_gguf import files
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-        gguf_header._copy_some = lambda *_: os.kill(os.getpid(), {int(signal.SIGINT)}) or 0
+        files._copy_some = lambda *_: os.kill(os.getpid(), {int(signal.SIGINT)}) or 0
     """)
     done = process(hook, "embed-policy model.gguf --policy policy.json")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "hylra-gguf: error: interrupted\n")

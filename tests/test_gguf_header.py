@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from test_policy import MEASURED, policies
 
-from hylra_gguf import gguf_header
+from hylra_gguf import files, gguf_header
 from hylra_gguf.errors import HylraError, ModelFileError, PolicyError
 from hylra_gguf.gguf_header import check_target, data_sha256, model_shape, read_header, strip, write_policy
 from hylra_gguf.policy import Policy, read_policy
@@ -418,14 +418,14 @@ def raising(error):
 FULL_DISK, QUOTA = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded")
 NO_SPACE = "No space left on device; nothing was changed"
 FAILURES = {
-    "disk full in the copy": (gguf_header, "_copy_some", partly(FULL_DISK), ModelFileError, NO_SPACE),
+    "disk full in the copy": (files, "_copy_some", partly(FULL_DISK), ModelFileError, NO_SPACE),
     "disk full in the header": (os, "write", raising(FULL_DISK), ModelFileError, NO_SPACE),
-    "quota": (gguf_header, "_copy_some", partly(QUOTA), ModelFileError, "Disk quota exceeded; nothing"),
+    "quota": (files, "_copy_some", partly(QUOTA), ModelFileError, "Disk quota exceeded; nothing"),
     "bad disk at fsync": (os, "fsync", raising(OSError(errno.EIO, "Input/output error")), ModelFileError, "Input/output error"),
     "rename": (os, "replace", raising(OSError(errno.EBUSY, "Device or resource busy")), ModelFileError, "resource busy"),
-    "read": (gguf_header, "_copy_some", raising(OSError(errno.EIO, "Input/output error")), ModelFileError, "Input/output error"),
-    "early end": (gguf_header, "_copy_some", lambda *_: 0, ModelFileError, "ended early"),
-    "interrupt": (gguf_header, "_copy_some", raising(KeyboardInterrupt()), KeyboardInterrupt, ""),
+    "read": (files, "_copy_some", raising(OSError(errno.EIO, "Input/output error")), ModelFileError, "Input/output error"),
+    "early end": (files, "_copy_some", lambda *_: 0, ModelFileError, "ended early"),
+    "interrupt": (files, "_copy_some", raising(KeyboardInterrupt()), KeyboardInterrupt, ""),
 }
 
 
@@ -478,7 +478,7 @@ def test_the_plain_copy_writes_the_same_file(fake, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "copy_file_range", fake)
     else:
         monkeypatch.delattr(os, "copy_file_range")
-    monkeypatch.setattr(gguf_header, "_READ_BYTES", 1000)
+    monkeypatch.setattr(files, "READ_BYTES", 1000)
     write_policy(path, POLICY, tmp_path / "plain.gguf")
     assert sha256(tmp_path / "plain.gguf") == sha256(tmp_path / "kernel.gguf")
 
