@@ -147,7 +147,7 @@ def model_shape(header: Header) -> tuple[str, int, int]:
         if type(found) is not int or found < 1:
             raise ModelFileError(f"{header.path}: {key} is {found!r}, expected a positive number; "
                                  "this is not a language model's file")
-    return arch, layers, heads
+    return arch, layers - (header.get(f"{arch}.nextn_predict_layers") or 0), heads  # llama_hparams::n_layer
 
 
 def data_sha256(path: Path, progress: Optional[Progress] = None) -> str:

@@ -180,6 +180,16 @@ def test_kv_heads_of_the_widest_layer(heads, expected, tmp_path):
     assert model_shape(read_header(path)) == ("qwen4", 4, expected)
 
 
+def test_layers_that_only_predict_further_tokens_do_not_count(tmp_path):
+    path, writer = tmp_path / "model.gguf", GGUFWriter(tmp_path / "model.gguf", "glm4moe")
+    writer.add_block_count(4)
+    writer.add_head_count(2)
+    writer.add_nextn_predict_layers(1)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file, writer.close):
+        write()
+    assert model_shape(read_header(path)) == ("glm4moe", 3, 2)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(policies())
 def test_any_policy_survives_a_model_file(tmp_path, policy):
