@@ -290,6 +290,8 @@ def test_split_samples_over_texts():
 class FakeEngine:
     """Nodes are numbers; layer_count of them are attention nodes, the rest is of no interest."""
 
+    TRACE_STOCK = 1
+
     def __init__(self, layer_count):
         self.layer_count, self.trace, self.done, self.taken = layer_count, SimpleNamespace(), 0, []
         self.ffi = SimpleNamespace(cast=lambda _kind, node: node, buffer=host_buffer)
