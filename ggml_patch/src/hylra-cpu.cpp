@@ -11,11 +11,11 @@
 
 constexpr int POOL_CELLS = 4096; // cells per pooling task
 
-// Cells of a chunk when n cells are attended to: at most 64 chunks bound the partial results, at least 4 tiles each keep
-// the cost of a chunk's start small.
+// Cells of a chunk when n cells are attended to: at most 32 chunks, for threads to share and yet few enough partial results;
+// at least 2 tiles each, since the first rows of a chunk come from memory with nothing to compute meanwhile.
 static int chunk_cells(int n) {
-    const int tiles = (n + 64*HYLRA_TILE_CELLS - 1)/(64*HYLRA_TILE_CELLS);
-    return std::max(4, tiles)*HYLRA_TILE_CELLS;
+    const int tiles = (n + 32*HYLRA_TILE_CELLS - 1)/(32*HYLRA_TILE_CELLS);
+    return std::max(2, tiles)*HYLRA_TILE_CELLS;
 }
 
 static int chunk_count(int n) { return (n + chunk_cells(n) - 1)/chunk_cells(n); }

@@ -1,9 +1,9 @@
 // The fast kernels, compiled once per instruction set (HYLRA_ISA: base, avx2, avx512). Cells are the outer loop: a K or V
-// row is read once, widened to F32 once, and used for all query heads of its group and all tokens of the batch.
+// row is converted to F32 in registers and used for up to four query heads of its group at once.
 // The plain statement of what each kernel computes is its twin in hylra-ref.cpp.
 #include "hylra-attn.h"
 #include "hylra-mask.h"
-#include "hylra-simd.h"
+#include "hylra-rows.h"
 
 #include <algorithm>
 
@@ -17,9 +17,10 @@
 
 namespace {
 
-constexpr int TILE = HYLRA_TILE_CELLS;
+constexpr int TILE      = HYLRA_TILE_CELLS;
+constexpr int MAX_HEADS = 4; // query heads per pass: 16 sums and their inputs fit 32 registers
 
-// One block of up to TILE cells of one stream.
+// One tile of up to TILE cells of one stream.
 struct block {
     const int32_t * list; // the cells, or nullptr: first, first + 1, ...
     int first;
@@ -28,107 +29,203 @@ struct block {
     int cell(int i) const { return list ? list[i] : first + i; }
 };
 
-template<void (*ROW)(const void *, float *, int)>
-void read_rows(const char * base, size_t row_bytes, const block & b, int n_embd, float * tile) {
-    const int stride = hylra_padded(n_embd);
-    for (int i = 0; i < b.n; ++i) {
-        ROW(base + b.cell(i)*row_bytes, tile + i*stride, n_embd);
+// The rows of a tile in one cache, for one KV head: row i starts at base + offset[i]. Rows behind the end repeat the last
+// one, since their logits are hidden afterwards. While a tile is computed, the rows that come after it are fetched: without
+// that one thread read 9 GB/s here, with it 24.
+struct tile_rows {
+    const char * base;
+    const size_t * offset;
+    const char * next_base;
+    const size_t * next_offset;
+    int row_bytes;
+
+    const char * at(int i) const { return base + offset[i]; }
+
+    void fetch_next(int i) const {
+        const char * row = next_base + next_offset[i];
+        for (int byte = 0; byte < row_bytes; byte += 64) {
+            __builtin_prefetch(row + byte, 0, 2);
+        }
+    }
+
+    void fetch_next_all() const {
+        for (int i = 0; i < TILE; ++i) {
+            fetch_next(i);
+        }
+    }
+};
+
+void find_rows(const block & b, size_t row_bytes, size_t * offset) {
+    for (int i = 0; i < TILE; ++i) {
+        offset[i] = b.n == 0 ? 0 : b.cell(std::min(i, b.n - 1))*row_bytes;
     }
 }
 
-// tile: [padded(n_embd), TILE] F32; padding dimensions and rows are zero
-void read_tile(int type, hylra_to_float_t to_float, const char * base, size_t row_bytes, const block & b, int n_embd, float * tile) {
-    const int stride = hylra_padded(n_embd);
-    if (stride != n_embd || b.n < TILE) {
-        memset(tile, 0, sizeof(float)*TILE*stride);
+// s[h][cell] = q[h] . k[cell] for HEADS query heads. CELLS cells at a time: their sums stay in registers, then are folded so
+// that LANES cells share one horizontal reduction.
+template<class READER, int HEADS>
+void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]) {
+    constexpr int CELLS = LANES >= 16 ? 4 : 2;
+    for (int cell = 0; cell < TILE; cell += LANES) {
+        vf part[HEADS][LANES/CELLS];
+        for (int p = 0; p < LANES/CELLS; ++p) {
+            const char * row[CELLS];
+            for (int c = 0; c < CELLS; ++c) {
+                row[c] = k.at(cell + p*CELLS + c);
+                k.fetch_next(cell + p*CELLS + c);
+            }
+            vf acc[HEADS][CELLS] = {};
+            for (int i = 0; i < n_step; ++i) {
+                vf kv[CELLS];
+                for (int c = 0; c < CELLS; ++c) {
+                    kv[c] = READER::at(row[c], i);
+                }
+                for (int h = 0; h < HEADS; ++h) {
+                    const vf qv = load(q[h] + i*LANES);
+                    for (int c = 0; c < CELLS; ++c) {
+                        acc[h][c] += qv*kv[c];
+                    }
+                }
+            }
+            for (int h = 0; h < HEADS; ++h) {
+                part[h][p] = fold_all<1, CELLS>(acc[h]);
+            }
+        }
+        for (int h = 0; h < HEADS; ++h) {
+            store(s[h] + cell, fold_all<CELLS, LANES/CELLS>(part[h]));
+        }
+    }
+}
+
+// acc[h][d0..] += sum over cells of p[h][cell]*v[cell][d0..] for STEPS vectors of dimensions, whose sums stay in registers
+template<class READER, int HEADS, int STEPS>
+void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, int step, float * const * acc) {
+    vf sum[HEADS][STEPS];
+    for (int h = 0; h < HEADS; ++h) {
+        for (int i = 0; i < STEPS; ++i) {
+            sum[h][i] = load(acc[h] + (step + i)*LANES);
+        }
+    }
+    for (int cell = 0; cell < n_cells; ++cell) {
+        const char * row = v.at(cell);
+        if (step == 0) {
+            v.fetch_next(cell);
+        }
+        vf w[HEADS];
+        for (int h = 0; h < HEADS; ++h) {
+            w[h] = splat(p[h][cell]);
+        }
+        for (int i = 0; i < STEPS; ++i) {
+            const vf vv = READER::at(row, step + i);
+            for (int h = 0; h < HEADS; ++h) {
+                sum[h][i] += w[h]*vv;
+            }
+        }
+    }
+    for (int h = 0; h < HEADS; ++h) {
+        for (int i = 0; i < STEPS; ++i) {
+            store(acc[h] + (step + i)*LANES, sum[h][i]);
+        }
+    }
+}
+
+template<class READER, int HEADS>
+void accumulate_tile(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc) {
+    constexpr int LONG = LANES >= 16 && HEADS <= 3 ? 8 : LANES >= 16 || HEADS <= 2 ? 4 : 2;
+    int step = 0;
+    for (; step + LONG <= n_step; step += LONG) {
+        accumulate_strip<READER, HEADS, LONG>(p, v, n_cells, step, acc);
+    }
+    for (; step + 2 <= n_step; step += 2) {
+        accumulate_strip<READER, HEADS, 2>(p, v, n_cells, step, acc);
+    }
+    for (; step < n_step; ++step) {
+        accumulate_strip<READER, HEADS, 1>(p, v, n_cells, step, acc);
+    }
+}
+
+typedef void (*dot_t)(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]);
+typedef void (*accumulate_t)(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc);
+
+// The kernels of one KV type, by number of query heads.
+struct type_kernels {
+    dot_t        dot[MAX_HEADS];
+    accumulate_t accumulate[MAX_HEADS];
+};
+
+template<class READER>
+constexpr type_kernels kernels_of = {
+    { dot_tile<READER, 1>, dot_tile<READER, 2>, dot_tile<READER, 3>, dot_tile<READER, 4> },
+    { accumulate_tile<READER, 1>, accumulate_tile<READER, 2>, accumulate_tile<READER, 3>, accumulate_tile<READER, 4> },
+};
+
+// nullptr: rows of this type or size go through a padded F32 copy
+const type_kernels * direct_kernels(int type, int n_embd) {
+    if (n_embd % LANES != 0) {
+        return nullptr;
     }
     switch (type) {
-        case GGML_TYPE_F32:  read_rows<row_f32> (base, row_bytes, b, n_embd, tile); return;
-        case GGML_TYPE_F16:  read_rows<row_f16> (base, row_bytes, b, n_embd, tile); return;
-        case GGML_TYPE_BF16: read_rows<row_bf16>(base, row_bytes, b, n_embd, tile); return;
-        case GGML_TYPE_Q8_0: read_rows<row_q8_0>(base, row_bytes, b, n_embd, tile); return;
-        case GGML_TYPE_Q4_0: read_rows<row_q4_0>(base, row_bytes, b, n_embd, tile); return;
+        case GGML_TYPE_F32:  return &kernels_of<reader_f32>;
+        case GGML_TYPE_F16:  return &kernels_of<reader_f16>;
+        case GGML_TYPE_BF16: return &kernels_of<reader_bf16>;
+        case GGML_TYPE_Q8_0: return &kernels_of<reader_q8_0>;
+        case GGML_TYPE_Q4_0: return &kernels_of<reader_q4_0>;
     }
-    for (int i = 0; i < b.n; ++i) {
-        to_float(base + b.cell(i)*row_bytes, tile + i*stride, n_embd);
-    }
+    return nullptr;
 }
 
-// Rows of the next block, so that the gather does not wait for memory on every list entry.
-void prefetch_rows(const char * base, size_t row_bytes, const block & b, size_t used_bytes) {
-    for (int i = 0; i < b.n; ++i) {
-        const char * row = base + b.cell(i)*row_bytes;
-        for (size_t byte = 0; byte < used_bytes; byte += 64) {
-            __builtin_prefetch(row + byte);
-        }
-    }
-}
+// One of the two caches as a task reads it.
+struct cache_side {
+    const char * data;        // of the stream
+    size_t cell_bytes, head_bytes;
+    int    type, n_embd, n_step;
+    const type_kernels * kernels;
+    bool   direct;
+    hylra_to_float_t to_float;
+    float * copy;             // [padded(n_embd), TILE] if not direct
+    size_t offset[2][TILE];   // of the cells of this tile and the next
+    size_t copy_offset[TILE];
+    int    now = 0;
 
-// s[h][cell] = q[h] . k[cell] for HEADS query heads; LANES dot products share one horizontal reduction.
-template<int HEADS>
-void dot_tile(const float * const * q, const float * k_tile, int n, float (*s)[TILE]) {
-    constexpr int CELLS = LANES/HEADS;
-    for (int cell = 0; cell < TILE; cell += CELLS) {
-        vf acc[LANES] = {};
-        for (int d = 0; d < n; d += LANES) {
-            vf k[CELLS];
-            for (int c = 0; c < CELLS; ++c) {
-                k[c] = load(k_tile + (cell + c)*n + d);
-            }
-            for (int h = 0; h < HEADS; ++h) {
-                const vf qv = load(q[h] + d);
-                for (int c = 0; c < CELLS; ++c) {
-                    acc[h*CELLS + c] += qv*k[c];
-                }
-            }
-        }
-        const vf sums = hsum_lanes(acc);
-        for (int h = 0; h < HEADS; ++h) {
-            memcpy(&s[h][cell], (const float *) &sums + h*CELLS, sizeof(float)*CELLS);
+    cache_side(const void * data, const uint64_t * nb, int stream, int type, int n_embd, hylra_to_float_t to_float, float * copy) :
+        data((const char *) data + stream*nb[3]), cell_bytes(nb[1]), head_bytes(nb[2]), type(type), n_embd(n_embd),
+        n_step((n_embd + LANES - 1)/LANES), kernels(direct_kernels(type, n_embd)), direct(kernels != nullptr), to_float(to_float), copy(copy) {
+        if (!direct) {
+            kernels = &kernels_of<reader_f32>;
         }
     }
-}
 
-// acc[h] += sum over cells of p[h][cell] * v[cell], a strip of dimensions at a time so that the sums stay in registers
-template<int HEADS>
-void accumulate_tile(const float (*p)[TILE], const float * v_tile, int n_cells, int n, float * const * acc) {
-    constexpr int STRIP = LANES/HEADS >= 4 ? 4 : LANES/HEADS;
-    int d = 0;
-    for (; d + STRIP*LANES <= n; d += STRIP*LANES) {
-        vf sum[HEADS][STRIP];
-        for (int h = 0; h < HEADS; ++h) {
-            for (int i = 0; i < STRIP; ++i) {
-                sum[h][i] = load(acc[h] + d + i*LANES);
-            }
-        }
-        for (int cell = 0; cell < n_cells; ++cell) {
-            vf v[STRIP];
-            for (int i = 0; i < STRIP; ++i) {
-                v[i] = load(v_tile + cell*n + d + i*LANES);
-            }
-            for (int h = 0; h < HEADS; ++h) {
-                const vf w = splat(p[h][cell]);
-                for (int i = 0; i < STRIP; ++i) {
-                    sum[h][i] += w*v[i];
-                }
-            }
-        }
-        for (int h = 0; h < HEADS; ++h) {
-            for (int i = 0; i < STRIP; ++i) {
-                store(acc[h] + d + i*LANES, sum[h][i]);
-            }
-        }
+    // Before the first tile with what it holds, then at each tile with the one that follows it.
+    void advance(const block & next) {
+        now ^= 1;
+        find_rows(next, cell_bytes, offset[now ^ 1]);
     }
-    for (; d < n; d += LANES) {
-        for (int h = 0; h < HEADS; ++h) {
-            vf sum = load(acc[h] + d);
-            for (int cell = 0; cell < n_cells; ++cell) {
-                sum += p[h][cell]*load(v_tile + cell*n + d);
-            }
-            store(acc[h] + d, sum);
+
+    // next_head: the KV head that is read after this one, in the same tile or in the next
+    tile_rows rows(const block & b, int head_kv, int next_head, bool next_is_here) {
+        const char * head = data + head_kv*head_bytes;
+        if (!direct) {
+            return converted(b, head);
         }
+        return { head, offset[now], data + next_head*head_bytes, offset[next_is_here ? now : now ^ 1], int(head_bytes) };
     }
-}
+
+    // stride of the copy: whole vectors, so that kernels need no tail
+    tile_rows converted(const block & b, const char * head) {
+        for (int i = 0; i < TILE; ++i) {
+            float * row = copy + i*hylra_padded(n_embd);
+            copy_offset[i] = i*hylra_padded(n_embd)*sizeof(float);
+            memset(row, 0, sizeof(float)*hylra_padded(n_embd));
+            const char * source = head + offset[now][i];
+            if (i < b.n && to_float) {
+                to_float(source, row, n_embd);
+            } else if (i < b.n) {
+                memcpy(row, source, sizeof(float)*n_embd);
+            }
+        }
+        return { (const char *) copy, copy_offset, (const char *) copy, copy_offset, 0 };
+    }
+};
 
 // dot products -> logits: cap(scale * s) + slope * mask; hidden and absent cells become -inf
 void finish_logits(const hylra_attn & a, float slope, const float * bias, float * s) {
@@ -169,7 +266,7 @@ void scale_row(float * row, int n, float factor) {
     }
 }
 
-// What one task works on: a chunk of one stream, and per KV head the tiles of the current block.
+// What one task works on: a chunk of one stream.
 struct worker {
     const hylra_job & job;
     const hylra_attn & a;
@@ -179,20 +276,14 @@ struct worker {
     const int n_v;
     const int group; // query heads per KV head
 
-    alignas(64) float k_tile[TILE*HYLRA_MAX_EMBD];
-    alignas(64) float v_tile[TILE*HYLRA_MAX_EMBD];
-    alignas(64) float q_rows[4*HYLRA_MAX_EMBD];
+    alignas(64) float q_room[MAX_HEADS*HYLRA_MAX_EMBD];
+    cache_side k, v;
 
-    worker(const hylra_job & job, int chunk, int stream) : job(job), a(job.attn), chunk(chunk), stream(stream),
-        n_k(hylra_padded(a.n_embd_k)), n_v(hylra_padded(a.n_embd_v)), group(a.n_head/a.n_head_kv) {}
-
-    const char * k_head(int head_kv) const { return (const char *) a.k + head_kv*a.k_nb[2] + stream*a.k_nb[3]; }
-    const char * v_head(int head_kv) const { return (const char *) a.v + head_kv*a.v_nb[2] + stream*a.v_nb[3]; }
-
-    void read_kv(const block & b, int head_kv) {
-        read_tile(a.type_k, job.k_to_float, k_head(head_kv), a.k_nb[1], b, a.n_embd_k, k_tile);
-        read_tile(a.type_v, job.v_to_float, v_head(head_kv), a.v_nb[1], b, a.n_embd_v, v_tile);
-    }
+    // room: [2*TILE*HYLRA_MAX_EMBD], touched only by types and head sizes without kernels of their own
+    worker(const hylra_job & job, int chunk, int stream, float * room) : job(job), a(job.attn), chunk(chunk), stream(stream),
+        n_k(hylra_padded(a.n_embd_k)), n_v(hylra_padded(a.n_embd_v)), group(a.n_head/a.n_head_kv),
+        k(a.k, a.k_nb, stream, a.type_k, a.n_embd_k, job.k_to_float, room),
+        v(a.v, a.v_nb, stream, a.type_v, a.n_embd_v, job.v_to_float, room + TILE*HYLRA_MAX_EMBD) {}
 
     // query row padded with zeros; the source itself when it needs no padding
     const float * query(int token, int head, float * room) const {
@@ -205,18 +296,17 @@ struct worker {
         return room;
     }
 
-    // HEADS query heads of one group against the tiles
-    template<int HEADS>
-    void attend_heads(const block & b, int token, int head, const float * bias) {
-        alignas(64) float s[HEADS][TILE];
-        const float * q[HEADS];
-        float * acc[HEADS];
-        for (int h = 0; h < HEADS; ++h) {
-            q[h]   = query(token, head + h, q_rows + h*HYLRA_MAX_EMBD);
+    // n query heads of one group against a tile; bias: [TILE]
+    void attend_heads(const block & b, const tile_rows & k_rows, const tile_rows & v_rows, int token, int head, int n, const float * bias) {
+        alignas(64) float s[MAX_HEADS][TILE];
+        const float * q[MAX_HEADS];
+        float * acc[MAX_HEADS];
+        for (int h = 0; h < n; ++h) {
+            q[h]   = query(token, head + h, q_room + h*HYLRA_MAX_EMBD);
             acc[h] = hylra_partial(job, chunk, stream, token, head + h);
         }
-        dot_tile<HEADS>(q, k_tile, n_k, s);
-        for (int h = 0; h < HEADS; ++h) {
+        k.kernels->dot[n - 1](q, k_rows, k.n_step, s);
+        for (int h = 0; h < n; ++h) {
             finish_logits(a, hylra_slope(a, head + h), bias, s[h]);
             if (job.logits) {
                 memcpy(hylra_logits(job, stream, token, head + h) + b.first, s[h], sizeof(float)*b.n);
@@ -226,34 +316,34 @@ struct worker {
                 scale_row(acc[h], n_v, factor);
             }
         }
-        accumulate_tile<HEADS>(s, v_tile, b.n, n_v, acc);
+        v.kernels->accumulate[n - 1](s, v_rows, b.n, v.n_step, acc);
     }
 
-    void attend_group(const block & b, int token, int head_kv, const float * bias) {
-        int head = head_kv*group;
-        const int end = head + group;
-        for (; head + 4 <= end; head += 4) {
-            attend_heads<4>(b, token, head, bias);
-        }
-        for (; head + 2 <= end; head += 2) {
-            attend_heads<2>(b, token, head, bias);
-        }
-        if (head < end) {
-            attend_heads<1>(b, token, head, bias);
+    // the group in passes of equal size, none above MAX_HEADS
+    void attend_group(const block & b, const tile_rows & k_rows, const tile_rows & v_rows, int token, int head_kv, const float * bias) {
+        const int n_pass = (group + MAX_HEADS - 1)/MAX_HEADS;
+        for (int pass = 0; pass < n_pass; ++pass) {
+            const int begin = group*pass/n_pass, end = group*(pass + 1)/n_pass;
+            attend_heads(b, k_rows, v_rows, token, head_kv*group + begin, end - begin, bias);
         }
     }
 
-    // mask values of the block, -inf behind its end; false if no cell is visible
+    // mask values of the tile, -inf behind its end; false if no cell is visible
     bool read_bias(const block & b, int token, float * bias) const {
         const ggml_fp16_t * row = hylra_mask_row(a, stream, token);
-        ggml_fp16_t mask[TILE];
-        bool visible = false;
-        for (int i = 0; i < TILE; ++i) {
-            mask[i] = i >= b.n ? HYLRA_MASK_HIDDEN : row ? row[b.cell(i)] : ggml_fp16_t(0);
-            visible = visible || mask[i] != HYLRA_MASK_HIDDEN;
+        alignas(64) ggml_fp16_t mask[TILE];
+        std::fill(mask, mask + TILE, HYLRA_MASK_HIDDEN);
+        for (int i = 0; i < b.n; ++i) {
+            mask[i] = row ? row[b.cell(i)] : ggml_fp16_t(0);
         }
-        row_f16(mask, bias, TILE);
-        return visible;
+        int n_hidden = 0;
+        for (int i = 0; i < TILE; ++i) {
+            n_hidden += mask[i] == HYLRA_MASK_HIDDEN;
+        }
+        for (int i = 0; i < TILE; i += LANES) {
+            store(bias + i, load_f16(mask + i));
+        }
+        return n_hidden < TILE;
     }
 
     void clear_partials(int token) {
@@ -271,8 +361,16 @@ struct worker {
         }
     }
 
-    // one block for the tokens that see any of its cells
-    void attend_block(const block & b) {
+    // Nobody has fetched the first rows of a chunk: all at once, so that their latencies overlap.
+    void start(const block & first) {
+        for (cache_side * side : { &k, &v }) {
+            side->advance(first);
+            side->rows(first, 0, 0, false).fetch_next_all();
+        }
+    }
+
+    // one tile for the tokens that see any of its cells; next: the tile after it
+    void attend_block(const block & b, const block & next) {
         alignas(64) float bias[HYLRA_MAX_TOKENS][TILE];
         int tokens[HYLRA_MAX_TOKENS];
         int n = 0;
@@ -283,31 +381,36 @@ struct worker {
                 hide_logits(b, token);
             }
         }
+        k.advance(next);
+        v.advance(next);
         for (int head_kv = 0; n > 0 && head_kv < a.n_head_kv; ++head_kv) {
-            read_kv(b, head_kv);
+            const int next_head = (head_kv + 1)%a.n_head_kv;
+            const tile_rows k_rows = k.rows(b, head_kv, next_head, next_head != 0), v_rows = v.rows(b, head_kv, next_head, next_head != 0);
             for (int i = 0; i < n; ++i) {
-                attend_group(b, tokens[i], head_kv, bias[i]);
+                attend_group(b, k_rows, v_rows, tokens[i], head_kv, bias[i]);
             }
         }
     }
 
-    // all cells of the chunk, all tokens of the stream: a tile is read once for all of them
+    // all cells of the chunk, all tokens of the stream
     void attend_all() {
         const int begin = chunk*job.chunk_cells;
         const int end   = std::min(begin + job.chunk_cells, int(a.n_kv));
         for (int token = 0; token < a.n_tokens; ++token) {
             clear_partials(token);
         }
+        const auto tile = [&](int cell) { return block{ nullptr, cell, std::max(0, std::min(TILE, end - cell)) }; };
+        start(tile(begin));
         for (int cell = begin; cell < end; cell += TILE) {
-            attend_block({ nullptr, cell, std::min(TILE, end - cell) });
+            attend_block(tile(cell), tile(cell + TILE));
         }
     }
 
-    // the list entries [begin, end) of one KV head without the padding, which stands at the end of a list
+    // up to TILE list entries of one KV head, without the padding, which stands at the end of a list
     block list_block(int token, int head_kv, int begin, int end) const {
         const size_t row = (size_t(stream)*a.n_tokens + token)*job.attn.lists + job.head_list[head_kv];
         const int32_t * list = job.cells + row*job.attn.n_cells + begin;
-        int n = std::max(0, end - begin);
+        int n = std::max(0, std::min(TILE, end - begin));
         while (n > 0 && list[n - 1] < 0) {
             --n;
         }
@@ -317,32 +420,37 @@ struct worker {
     void attend_list(int token) {
         const int begin = chunk*job.chunk_cells;
         const int end   = std::min(begin + job.chunk_cells, int(job.attn.n_cells));
-        const size_t k_bytes = a.k_nb[2], v_bytes = a.v_nb[2];
-        alignas(64) float bias[TILE];
         clear_partials(token);
+        block b = list_block(token, 0, begin, end);
+        start(b);
         for (int i = begin; i < end; i += TILE) {
             for (int head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
-                const block b = list_block(token, head_kv, i, std::min(i + TILE, end));
-                if (b.n == 0 || !read_bias(b, token, bias)) {
-                    continue;
-                }
-                read_kv(b, head_kv);
-                const block next = list_block(token, head_kv, i + TILE, std::min(i + 2*TILE, end));
-                prefetch_rows(k_head(head_kv), a.k_nb[1], next, k_bytes);
-                prefetch_rows(v_head(head_kv), a.v_nb[1], next, v_bytes);
-                attend_group(b, token, head_kv, bias);
+                const int next_head = (head_kv + 1)%a.n_head_kv;
+                const block next = list_block(token, next_head, next_head == 0 ? i + TILE : i, end);
+                attend_entries(b, next, token, head_kv, next_head);
+                b = next;
             }
+        }
+    }
+
+    void attend_entries(const block & b, const block & next, int token, int head_kv, int next_head) {
+        alignas(64) float bias[TILE];
+        k.advance(next);
+        v.advance(next);
+        if (b.n > 0 && read_bias(b, token, bias)) {
+            attend_group(b, k.rows(b, head_kv, next_head, false), v.rows(b, head_kv, next_head, false), token, head_kv, bias);
         }
     }
 };
 
 void attend(const hylra_job & job, int task) {
+    alignas(64) float room[2*TILE*HYLRA_MAX_EMBD];
     const int chunk = task % job.n_chunk;
     const int rest  = task / job.n_chunk;
     if (job.cells) {
-        worker(job, chunk, rest/job.attn.n_tokens).attend_list(rest%job.attn.n_tokens);
+        worker(job, chunk, rest/job.attn.n_tokens, room).attend_list(rest%job.attn.n_tokens);
     } else {
-        worker(job, chunk, rest).attend_all();
+        worker(job, chunk, rest, room).attend_all();
     }
 }
 

@@ -1,5 +1,5 @@
 // Vectors of F32 in the width of the instruction set that this translation unit is compiled for (GCC/Clang vector
-// extensions), and readers that turn KV rows of any type into padded F32 rows. Included by hylra-kernels.cpp only.
+// extensions). Included by hylra-kernels.cpp only.
 #pragma once
 
 #include "hylra-attn.h"
@@ -34,22 +34,6 @@ inline vf load(const float * p) { vf v; memcpy(&v, p, sizeof(v)); return v; }
 inline void store(float * p, vf v) { memcpy(p, &v, sizeof(v)); }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
-inline float hmax(vf v) {
-    float m = v[0];
-    for (int i = 1; i < LANES; ++i) {
-        m = v[i] > m ? v[i] : m;
-    }
-    return m;
-}
-
-inline float hsum(vf v) {
-    float s = v[0];
-    for (int i = 1; i < LANES; ++i) {
-        s += v[i];
-    }
-    return s;
-}
-
 // exp(x) for x <= 0 (or small positive); 0 below the smallest normal result. Cody-Waite reduction, degree-6 polynomial:
 // largest relative error 2e-7 over [-87, 0].
 inline vf vexp(vf x) {
@@ -82,109 +66,46 @@ inline vf fold(vf x, vf y, std::integer_sequence<int, J...>) {
 #endif
 }
 
-// Lane i of the result is the sum of the lanes of a[i]: LANES horizontal sums for log2(LANES) folds each.
-template<int G = 1>
-inline vf hsum_lanes(vf * a) {
-    if constexpr (G == LANES) {
+// Folds n vectors, in which every G-th lane belongs together, to one: after fold_all<1, n> lane i % n of the result holds a
+// part of the sum of the lanes of a[i]; after a second fold_all<n, LANES/n> over such results lane i is the sum of vector i.
+template<int G, int N>
+inline vf fold_all(vf * a) {
+    if constexpr (N == 1) {
         return a[0];
     } else {
-        for (int i = 0; i < LANES/(2*G); ++i) {
+        for (int i = 0; i < N/2; ++i) {
             a[i] = fold<G>(a[2*i], a[2*i + 1], std::make_integer_sequence<int, LANES>{});
         }
-        return hsum_lanes<2*G>(a);
+        return fold_all<2*G, N/2>(a);
     }
 }
 
-// ---- one step of LANES values, by source type
+// ---- horizontal: halves onto each other, so that the chain is log2(LANES) long
 
-#if defined(__AVX512F__)
-inline vf load_f16 (const ggml_fp16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
-inline vf load_bf16(const uint16_t * p) {
-    return (vf) _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16);
-}
-inline vf load_i8  (const int8_t * p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
-#elif defined(__AVX2__)
-inline vf load_f16 (const ggml_fp16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
-inline vf load_bf16(const uint16_t * p) {
-    return (vf) _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16);
-}
-inline vf load_i8  (const int8_t * p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
+template<int STEP, int... J>
+inline vf rotated(vf v, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(v, v, ((J + STEP) % LANES)...);
 #else
-inline vf load_f16(const ggml_fp16_t * p) {
-    float f[LANES];
-    ggml_fp16_to_fp32_row(p, f, LANES);
-    return load(f);
-}
-inline vf load_bf16(const uint16_t * p) {
-    vi v;
-    for (int i = 0; i < LANES; ++i) {
-        v[i] = int32_t(uint32_t(p[i]) << 16);
-    }
-    return (vf) v;
-}
-inline vf load_i8(const int8_t * p) {
-    vf v;
-    for (int i = 0; i < LANES; ++i) {
-        v[i] = p[i];
-    }
-    return v;
-}
+    return __builtin_shuffle(v, vi{((J + STEP) % LANES)...});
 #endif
+}
 
-// ---- rows: read n values and store F32; the caller clears the padding behind them
-
-inline void row_f32(const void * row, float * out, int n) { memcpy(out, row, n*sizeof(float)); }
-
-inline void row_f16(const void * row, float * out, int n) {
-    const ggml_fp16_t * p = (const ggml_fp16_t *) row;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        store(out + i, load_f16(p + i));
-    }
-    for (; i < n; ++i) {
-        out[i] = ggml_fp16_to_fp32(p[i]);
+template<int STEP = LANES/2>
+inline float hmax(vf v) {
+    if constexpr (STEP == 0) {
+        return v[0];
+    } else {
+        return hmax<STEP/2>(vmax(v, rotated<STEP>(v, std::make_integer_sequence<int, LANES>{})));
     }
 }
 
-inline void row_bf16(const void * row, float * out, int n) {
-    const uint16_t * p = (const uint16_t *) row;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        store(out + i, load_bf16(p + i));
-    }
-    for (; i < n; ++i) {
-        out[i] = ggml_bf16_to_fp32(ggml_bf16_t{p[i]});
-    }
-}
-
-// Q8_0: blocks of 32 values, { F16 scale; int8 qs[32] } (ggml-common.h block_q8_0)
-inline void row_q8_0(const void * row, float * out, int n) {
-    const char * p = (const char *) row;
-    for (int i = 0; i < n; i += 32, p += 34) {
-        ggml_fp16_t d;
-        memcpy(&d, p, sizeof(d));
-        const vf scale = splat(ggml_fp16_to_fp32(d));
-        for (int j = 0; j < 32; j += LANES) {
-            store(out + i + j, load_i8((const int8_t *) p + 2 + j)*scale);
-        }
-    }
-}
-
-// Q4_0: blocks of 32 values, { F16 scale; uint8 qs[16] }, low nibbles first, offset 8 (ggml-common.h block_q4_0)
-inline void row_q4_0(const void * row, float * out, int n) {
-    const char * p = (const char *) row;
-    for (int i = 0; i < n; i += 32, p += 18) {
-        ggml_fp16_t d;
-        memcpy(&d, p, sizeof(d));
-        const vf scale = splat(ggml_fp16_to_fp32(d));
-        int8_t q[32];
-        for (int j = 0; j < 16; ++j) {
-            q[j]      = int8_t((uint8_t(p[2 + j]) & 15) - 8);
-            q[j + 16] = int8_t((uint8_t(p[2 + j]) >> 4) - 8);
-        }
-        for (int j = 0; j < 32; j += LANES) {
-            store(out + i + j, load_i8(q + j)*scale);
-        }
+template<int STEP = LANES/2>
+inline float hsum(vf v) {
+    if constexpr (STEP == 0) {
+        return v[0];
+    } else {
+        return hsum<STEP/2>(v + rotated<STEP>(v, std::make_integer_sequence<int, LANES>{}));
     }
 }
 

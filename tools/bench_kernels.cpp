@@ -1,0 +1,298 @@
+// Times one attention layer of the engine's CPU kernels beside the read bandwidth of this machine, in the same run, and prints JSON.
+// One sequence, one token; it measures kernels and nothing else (llama.cpp's graph and weights are `hylra-gguf bench`).
+//
+//   bench-kernels [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 32768] [--top-k 1024] [--lists 8] [--type f16|q8_0|bf16|f32|q4_0]
+//                 [--threads 2] [--repetitions 9] [--isa avx512|avx2|base]
+#include "hylra-attn.h"
+#include "hylra-cpu.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace {
+
+struct options {
+    int heads = 32, kv_heads = 8, head_size = 128, n_kv = 32768, top_k = 1024, lists = 8, threads = 2, repetitions = 9;
+    ggml_type type = GGML_TYPE_F16;
+    std::string isa;
+};
+
+// ---- threads that wait by spinning, as ggml's pool does
+
+class team {
+public:
+    explicit team(int n) : n(n) {
+        for (int i = 1; i < n; ++i) {
+            threads.emplace_back([this, i] { serve(i); });
+        }
+    }
+
+    ~team() {
+        work = nullptr;
+        round.fetch_add(1);
+        for (auto & t : threads) { t.join(); }
+    }
+
+    // Seconds of fn(ith, nth) on all threads.
+    double run(const std::function<void(int, int)> & fn) {
+        work = &fn;
+        done.store(0);
+        const auto start = std::chrono::steady_clock::now();
+        round.fetch_add(1);
+        fn(0, n);
+        while (done.load() != n - 1) {}
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+
+private:
+    void serve(int i) {
+        for (int seen = 0; ; ++seen) {
+            while (round.load() == seen) {}
+            if (!work) { return; }
+            (*work)(i, n);
+            done.fetch_add(1);
+        }
+    }
+
+    const int n;
+    const std::function<void(int, int)> * work = nullptr;
+    std::atomic<int> round{0}, done{0};
+    std::vector<std::thread> threads;
+};
+
+// ---- the problem: a cache laid out as llama.cpp's, one row per cell with all KV heads behind each other
+
+struct cache {
+    std::vector<uint8_t> k, v;
+    size_t head_bytes, row_bytes;
+};
+
+std::vector<uint8_t> random_rows(const options & o, size_t head_bytes, unsigned seed) {
+    std::vector<float> values(o.head_size);
+    std::vector<uint8_t> rows(size_t(o.n_kv)*o.kv_heads*head_bytes), one(head_bytes);
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < size_t(o.n_kv)*o.kv_heads; ++i) {
+        if (i % 64 == 0) { // fresh numbers now and then: a normal deviate costs more than all that is measured
+            for (float & x : values) { x = normal(rng); }
+            ggml_quantize_chunk(o.type, values.data(), one.data(), 0, 1, o.head_size, nullptr);
+            if (o.type == GGML_TYPE_F32) { memcpy(one.data(), values.data(), head_bytes); }
+        }
+        memcpy(&rows[i*head_bytes], one.data(), head_bytes);
+    }
+    return rows;
+}
+
+cache make_cache(const options & o) {
+    const size_t head_bytes = ggml_row_size(o.type, o.head_size);
+    return { random_rows(o, head_bytes, 1), random_rows(o, head_bytes, 2), head_bytes, head_bytes*o.kv_heads };
+}
+
+hylra_attn make_attn(const options & o, const cache & c, const float * q, const void * mask) {
+    hylra_attn a = {};
+    a.type_k = a.type_v = o.type;
+    a.n_embd_k = a.n_embd_v = o.head_size;
+    a.n_head = o.heads;
+    a.n_head_kv = o.kv_heads;
+    a.n_kv = o.n_kv;
+    a.n_tokens = a.n_stream = 1;
+    a.scale = 1.0f/std::sqrt(float(o.head_size));
+    a.q = q;
+    a.k = c.k.data();
+    a.v = c.v.data();
+    a.mask = mask;
+    const uint64_t q_row = sizeof(float)*o.head_size, all = c.row_bytes*o.n_kv, mask_row = sizeof(ggml_fp16_t)*o.n_kv;
+    const uint64_t q_nb[4] = { sizeof(float), q_row*o.heads, q_row, q_row*o.heads }, kv_nb[4] = { 1, c.row_bytes, c.head_bytes, all };
+    const uint64_t mask_nb[4] = { sizeof(ggml_fp16_t), mask_row, mask_row, mask_row };
+    memcpy(a.q_nb, q_nb, sizeof(q_nb));
+    memcpy(a.k_nb, kv_nb, sizeof(kv_nb));
+    memcpy(a.v_nb, kv_nb, sizeof(kv_nb));
+    memcpy(a.mask_nb, mask_nb, sizeof(mask_nb));
+    return a;
+}
+
+// ---- what is timed: the loops of the nodes in hylra-cpu.cpp
+
+constexpr int POOL_CELLS = 4096;
+
+struct bench {
+    const options & o;
+    const hylra_kernels & kernels;
+    hylra_job dense, with_logits, sparse;
+    std::vector<float> dense_scratch, logits_scratch, sparse_scratch, scores, out;
+    std::vector<int32_t> cells, head_list;
+
+    bench(const options & o, const hylra_kernels & kernels, const hylra_attn & a) : o(o), kernels(kernels),
+        scores(size_t(o.n_kv)*o.lists), out(size_t(o.heads)*o.head_size), cells(size_t(o.top_k)*o.lists), head_list(o.kv_heads) {
+        for (int head = 0; head < o.kv_heads; ++head) { head_list[head] = o.lists == 1 ? 0 : head; }
+        dense       = place(a, dense_scratch, false);
+        with_logits = place(a, logits_scratch, true);
+        hylra_attn listed = a;
+        listed.cells   = cells.data();
+        listed.n_cells = o.top_k;
+        listed.lists   = o.lists;
+        sparse = place(listed, sparse_scratch, false);
+    }
+
+    hylra_job place(const hylra_attn & a, std::vector<float> & scratch, bool logits) {
+        hylra_job job = hylra_job_of(a, head_list.data());
+        scratch.resize(hylra_attend_floats(a, a.cells ? a.n_cells : a.n_kv, logits) + 16);
+        hylra_place(job, (float *) ((uintptr_t(scratch.data()) + 63)/64*64), logits);
+        return job;
+    }
+
+    void attend(const hylra_job & job, int ith, int nth) const {
+        for (int task = ith; task < hylra_n_task(job); task += nth) { kernels.attend(job, task); }
+    }
+
+    void reduce(const hylra_job & job, int ith, int nth) {
+        for (int head = ith; head < o.heads; head += nth) { kernels.reduce(job, 0, 0, head, &out[size_t(head)*o.head_size]); }
+    }
+
+    void pool(int ith, int nth) {
+        const int n_part = (o.n_kv + POOL_CELLS - 1)/POOL_CELLS;
+        for (int task = ith; task < n_part*o.lists; task += nth) {
+            const int begin = task%n_part*POOL_CELLS, list = task/n_part;
+            kernels.pool(with_logits, 0, 0, list, o.lists, begin, std::min(begin + POOL_CELLS, o.n_kv), &scores[size_t(list)*o.n_kv]);
+        }
+    }
+
+    void choose(int ith, int nth) {
+        for (int list = ith; list < o.lists; list += nth) {
+            kernels.choose(&scores[size_t(list)*o.n_kv], o.n_kv, o.top_k, 1, &cells[size_t(list)*o.top_k]);
+        }
+    }
+};
+
+// Bytes per second that all threads read together, from a buffer that no cache holds.
+double read_bytes_per_s(team & t, const std::vector<uint64_t> & buffer) {
+    std::atomic<uint64_t> sink{0};
+    const double s = t.run([&](int ith, int nth) {
+        const size_t part = buffer.size()/nth, begin = part*ith;
+        uint64_t sum[8] = {};
+        for (size_t i = begin; i + 8 <= begin + part; i += 8) {
+            for (int j = 0; j < 8; ++j) { sum[j] += buffer[i + j]; }
+        }
+        for (uint64_t x : sum) { sink += x; }
+    });
+    return double(buffer.size()*sizeof(uint64_t))/s;
+}
+
+double median(std::vector<double> x) {
+    std::sort(x.begin(), x.end());
+    return x[x.size()/2];
+}
+
+// ---- command line
+
+int number(const char * text, const char * flag) {
+    char * end = nullptr;
+    const long n = strtol(text, &end, 10);
+    if (*end || n < 1 || n > 1 << 24) {
+        fprintf(stderr, "bench-kernels: %s %s: expected a whole number above 0\n", flag, text);
+        exit(2);
+    }
+    return int(n);
+}
+
+ggml_type type_of(const std::string & name) {
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_F32, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        if (name == ggml_type_name(type)) { return type; }
+    }
+    fprintf(stderr, "bench-kernels: --type %s: expected f16, bf16, f32, q8_0 or q4_0\n", name.c_str());
+    exit(2);
+}
+
+options parse(int argc, char ** argv) {
+    options o;
+    const std::map<std::string, int *> numbers = { { "--heads", &o.heads }, { "--kv-heads", &o.kv_heads }, { "--head-size", &o.head_size },
+        { "--n-kv", &o.n_kv }, { "--top-k", &o.top_k }, { "--lists", &o.lists }, { "--threads", &o.threads }, { "--repetitions", &o.repetitions } };
+    for (int i = 1; i < argc; ++i) {
+        const std::string flag = argv[i];
+        const bool known = numbers.count(flag) || flag == "--type" || flag == "--isa";
+        if (!known || i + 1 == argc) {
+            fprintf(stderr, "bench-kernels: %s: %s; see the head of tools/bench_kernels.cpp\n", argv[i], known ? "value missing" : "unknown flag");
+            exit(2);
+        }
+        const char * value = argv[++i];
+        if (flag == "--type")     { o.type = type_of(value); }
+        else if (flag == "--isa") { o.isa = value; }
+        else                      { *numbers.at(flag) = number(value, flag.c_str()); }
+    }
+    if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > o.n_kv || o.head_size % ggml_blck_size(o.type)) {
+        fprintf(stderr, "bench-kernels: heads must be a multiple of kv-heads, lists 1 or kv-heads, top-k at most n-kv, head-size whole blocks\n");
+        exit(2);
+    }
+    return o;
+}
+
+} // namespace
+
+int main(int argc, char ** argv) {
+    const options o = parse(argc, argv);
+    const hylra_kernels * kernels = hylra_get_kernels(o.isa.empty() ? nullptr : o.isa.c_str());
+    if (!kernels) {
+        fprintf(stderr, "bench-kernels: --isa %s: this build or machine does not have it\n", o.isa.c_str());
+        return 2;
+    }
+    ggml_time_init();
+    const cache c = make_cache(o);
+    std::vector<float> q(size_t(o.heads)*o.head_size);
+    std::mt19937 rng(3);
+    std::normal_distribution<float> normal;
+    for (float & x : q) { x = normal(rng); }
+    const std::vector<ggml_fp16_t> mask(o.n_kv, ggml_fp16_t(0));
+    bench b(o, *kernels, make_attn(o, c, q.data(), mask.data()));
+    // a second cache-sized buffer, read between the arms: no arm finds its data in a cache that the one before has filled
+    std::vector<uint64_t> buffer((size_t(256) << 20)/sizeof(uint64_t), 1);
+
+    const double dense_bytes = 2.0*c.row_bytes*o.n_kv, sparse_bytes = 2.0*c.head_bytes*o.kv_heads*o.top_k;
+    struct arm { const char * name; double bytes; std::function<void(int, int)> run; };
+    const arm arms[] = {
+        { "full",          dense_bytes,  [&](int i, int n) { b.attend(b.dense, i, n); } },
+        { "full_reduce",   0,            [&](int i, int n) { b.reduce(b.dense, i, n); } },
+        { "select_attend", dense_bytes,  [&](int i, int n) { b.attend(b.with_logits, i, n); } },
+        { "select_pool",   0,            [&](int i, int n) { b.pool(i, n); } },
+        { "select_choose", 0,            [&](int i, int n) { b.choose(i, n); } },
+        { "reuse",         sparse_bytes, [&](int i, int n) { b.attend(b.sparse, i, n); } },
+        { "reuse_reduce",  0,            [&](int i, int n) { b.reduce(b.sparse, i, n); } },
+    };
+    team t(o.threads);
+    std::map<std::string, std::vector<double>> seconds;
+    std::vector<double> bandwidth;
+    for (int r = 0; r <= o.repetitions; ++r) { // the first round warms up
+        for (const arm & one : arms) {
+            if (one.bytes > 0) {
+                const double read = read_bytes_per_s(t, buffer);
+                if (r > 0) { bandwidth.push_back(read); }
+            }
+            const double s = t.run(one.run);
+            if (r > 0) { seconds[one.name].push_back(s); }
+        }
+    }
+    const double read = median(bandwidth);
+    printf("{\"isa\": \"%s\", \"type\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_size\": %d, \"n_kv\": %d, \"top_k\": %d, \"lists\": %d, "
+           "\"threads\": %d, \"repetitions\": %d, \"read_bytes_per_s\": %.4g", kernels->isa, ggml_type_name(o.type), o.heads, o.kv_heads, o.head_size,
+           o.n_kv, o.top_k, o.lists, o.threads, o.repetitions, read);
+    for (const arm & one : arms) {
+        const double s = median(seconds[one.name]);
+        printf(",\n \"%s_ms\": %.4f", one.name, s*1e3);
+        if (one.bytes > 0) {
+            printf(", \"%s_bytes\": %.0f, \"%s_of_read\": %.3f", one.name, one.bytes, one.name, one.bytes/s/read);
+        }
+    }
+    printf("}\n");
+}
