@@ -26,12 +26,12 @@ MODE_LETTERS = "FSR"
 _TYPES = {
     "version": "u32", "enabled": "bool", "layer_count": "u32", "head_kv_count": "u32",
     "layer_mode": "u32[]", "layer_source": "i32[]", "lists": "u32", "head_map": "i32[]",
-    "top_k": "u32", "top_k_fraction": "f32", "block_size": "u32", "sink_tokens": "u32", "recent_tokens": "u32",
+    "top_k": "u32", "top_k_fraction": "f32", "layer_top_k": "u32[]", "block_size": "u32", "sink_tokens": "u32", "recent_tokens": "u32",
     "min_context": "u32", "prefill": "u32", "summary": "string", "tool": "string", "calibration": "string",
     "theta": "f32", "similarity": "string", "sensitivity": "f32[]", "overlap": "f32[]",
 }
 _REQUIRED = ("version", "layer_count", "head_kv_count", "layer_mode", "layer_source")
-_OPTIONAL = ("head_map", "top_k_fraction", "theta", "sensitivity", "overlap")
+_OPTIONAL = ("head_map", "top_k_fraction", "layer_top_k", "theta", "sensitivity", "overlap")
 _MEASURED = "measured."
 _TEXT_MEASURED = "model_sha256"
 _MAX_TEXT_BYTES = 64 << 10
@@ -48,6 +48,7 @@ class Policy:
     head_map: Optional[Tuple[int, ...]] = None
     top_k: int = 2048
     top_k_fraction: Optional[float] = None
+    layer_top_k: Optional[Tuple[int, ...]] = None  # cells that a select layer emits, 0 for the others
     block_size: int = 1
     sink_tokens: int = 4
     recent_tokens: int = 256
@@ -88,6 +89,7 @@ class Policy:
                                   "make the policy from this model's own profile")
         self._check_scalars()
         self._check_lengths()
+        self._check_budgets()
         for layer in range(self.layer_count):
             self._check_layer(layer)
 
@@ -113,7 +115,7 @@ class Policy:
         if not layers:
             raise PolicyError("layer_mode is empty, expected one mode per layer")
         for key, expected in (("layer_source", layers), ("head_map", layers * self.head_kv_count),
-                              ("sensitivity", layers), ("overlap", layers * layers)):
+                              ("layer_top_k", layers), ("sensitivity", layers), ("overlap", layers * layers)):
             value = getattr(self, key)
             if value is not None and len(value) != expected:
                 raise PolicyError(f"{key} has {len(value)} values, expected {expected} "
@@ -121,6 +123,20 @@ class Policy:
         for index, head in enumerate(self.head_map or ()):
             if not 0 <= head < self.head_kv_count:
                 raise PolicyError(f"head_map[{index}] is {head}, expected a KV head from 0 to {self.head_kv_count - 1}")
+
+    def _check_budgets(self) -> None:
+        if self.layer_top_k is None:
+            return
+        if self.top_k_fraction is not None:
+            raise PolicyError("layer_top_k and top_k_fraction are both set, expected one of them; remove one")
+        forced = max(1, self.sink_tokens + self.recent_tokens)
+        for layer, (mode, cells) in enumerate(zip(self.layer_mode, self.layer_top_k)):
+            if mode != SELECT and cells:
+                raise PolicyError(f"layer_top_k[{layer}] is {cells}, expected 0 for a layer that does not select")
+            if mode == SELECT and not forced <= cells <= self.top_k:
+                raise PolicyError(f"layer_top_k[{layer}] is {cells}, expected {forced} (sink_tokens + recent_tokens) to {self.top_k} (top_k)")
+        if SELECT in self.layer_mode and max(self.layer_top_k) != self.top_k:
+            raise PolicyError(f"top_k is {self.top_k}, expected {max(self.layer_top_k)}, the largest of layer_top_k")
 
     def _check_layer(self, layer: int) -> None:
         mode, source = self.layer_mode[layer], self.layer_source[layer]
@@ -224,8 +240,13 @@ class Policy:
         """Share of the K and V rows of a dense step that a decode step over `n_kv` cells leaves unread."""
         if not self.enabled or n_kv < max(self.min_context, 1):
             return 0.0
-        kept = min(n_kv, max(self.top_k, math.ceil((self.top_k_fraction or 0) * n_kv)))
-        return self.layer_mode.count(REUSE) / self.layer_count * (1 - kept / n_kv)
+        return sum(1 - min(n_kv, cells) / n_kv for cells in self.reuse_cells(n_kv)) / self.layer_count
+
+    def reuse_cells(self, n_kv: int) -> list[int]:
+        """Cells that each reuse layer is given at a depth of n_kv cells, before n_kv itself limits them."""
+        share = max(self.top_k, math.ceil((self.top_k_fraction or 0) * n_kv))
+        return [share if self.layer_top_k is None else self.layer_top_k[source]
+                for mode, source in zip(self.layer_mode, self.layer_source) if mode == REUSE]
 
     def describe(self) -> str:
         """One screen as a Markdown table."""
@@ -246,12 +267,20 @@ class Policy:
             ("reuse", self._spans() or "none"),
             ("lists", ("one per layer" if self.lists == 1 else "one per KV head") + (", with a head map" if self.head_map else "")),
             ("top_k", f"{self.top_k} {unit} = {self.sink_tokens} sink + {self.recent_tokens} recent + {best} best{share}"),
+            ("budgets", self._budgets()),
             ("reads saved", saved),
             ("theta", f"{self.theta:g} on {self.similarity or 'similarity'}" if self.theta is not None else ""),
             ("measured", ", ".join(f"{key} {str(value)[:12]}" for key, value in self.measured.items())),
             *((key, getattr(self, key)) for key in ("summary", "calibration", "tool")),
         ]
         return [(name, text.replace("|", "\\|")) for name, text in rows if text]
+
+    def _budgets(self) -> str:
+        """The select layers of each budget, "512: 3 9, 1024: 0"."""
+        by_cells: Dict[int, list[int]] = {}
+        for layer, cells in enumerate(self.layer_top_k or ()):
+            by_cells.setdefault(cells, []).append(layer)
+        return ", ".join(f"{cells}: {_ranges(layers)}" for cells, layers in sorted(by_cells.items()) if cells)
 
     def _spans(self) -> str:
         """Every select layer with the layers that reuse its cells, "3 > 4-13"."""
