@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import PolicyError
 from .policy import FULL, REUSE, SELECT, Policy
-from .profile import Profile, tool_version
+from .profile_data import Profile, tool_version
 
 # Without a theta: the strictest one that leaves at most this share of the layers full or select. A fixed theta does not carry over:
 # at 8K tokens and top_k 2048, 0.98 leaves 9 of 30 layers dense in SmolLM2-135M-Instruct and 20 in its 32K descendant, 0.90 only 2.
@@ -185,18 +185,16 @@ def choose_top_k(profile: Profile, top_k: int | None, sink: int, recent: int) ->
 
 
 def similarity_matrix(profile: Profile, top_k: int, lists: str, similarity: str) -> np.ndarray:
-    """[n_layer, n_layer], row = source; overlap is measured for one list per layer only."""
+    """[n_layer, n_layer], row = source"""
     if lists not in ("layer", "head"):
         raise PolicyError(f"--lists {lists}: expected layer or head")
-    if similarity == "overlap":
-        return profile.overlap[top_k]
-    if similarity != "recall":
+    if similarity not in ("recall", "overlap"):
         raise PolicyError(f"--similarity {similarity}: expected recall or overlap")
-    return profile.recall[top_k] if lists == "layer" else profile.head_recall[top_k].mean(-1)
+    return profile.matrix(similarity, top_k, lists=lists)
 
 
 def own_sensitivity(profile: Profile, top_k: int, lists: str) -> np.ndarray:
-    return (profile.sensitivity if lists == "layer" else profile.sensitivity_heads)[top_k]
+    return profile.layer("sensitivity", top_k, lists=lists)
 
 
 def plan_hylra(matrix: np.ndarray, theta: float | None, may_reuse: list[bool], eligible: list[bool]) -> tuple[list[int], float]:
@@ -223,7 +221,7 @@ def reusable(profile: Profile, sensitivity: np.ndarray, max_sensitivity: float |
 def head_map(profile: Profile, sources: list[int], top_k: int) -> tuple[int, ...]:
     """n_layer * n_head_kv: the source head whose cells hold most of this head's mass; the head itself where nothing is reused."""
     heads = range(profile.head_kv_count)
-    rows = [profile.head_map[top_k][source, layer] if 0 <= source != layer else heads for layer, source in enumerate(sources)]
+    rows = [profile.head_map(top_k, source, layer) if 0 <= source != layer else heads for layer, source in enumerate(sources)]
     return tuple(int(head) for row in rows for head in row)
 
 
