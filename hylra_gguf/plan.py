@@ -15,7 +15,7 @@ from . import importers, strategies
 from .errors import PolicyError
 from .flags import OWN, PLAN_FLAGS, check_strategy_flags
 from .policy import FULL, REUSE, SELECT, Policy
-from .profile import Profile, tool_version
+from .profile_data import Profile, tool_version
 from .solver import NO_SOURCE, Plan, Problem
 
 # Of SmolLM2-135M-Needle-32K at 8K tokens this holds layers 0, 1, 2 and 7 at top_k 512, and none at 2048.

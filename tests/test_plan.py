@@ -12,27 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from profiles import make_profile
+
 from hylra_gguf import plan
 from hylra_gguf.errors import PolicyError
 from hylra_gguf.policy import FULL, REUSE, SELECT, Policy
-from hylra_gguf.profile import Profile
-
-
-def make_profile(similarity, eligible=None, sensitivity=None, heads=2, top_k=(300, 512)) -> Profile:
-    similarity = np.array(similarity, float)
-    n = len(similarity)
-    per_head = np.repeat(similarity[..., None], heads, axis=2)
-    swapped = np.broadcast_to(np.arange(heads)[::-1], (n, n, heads)).copy()
-    layers = np.array(sensitivity if sensitivity is not None else [0.01] * n)
-
-    def each(array):
-        return {k: array for k in top_k}
-
-    return Profile(
-        model="tiny.gguf", arch="llama", layer_count=n, head_kv_count=heads, context=4096, samples=2, top_k=list(top_k),
-        sink_tokens=4, recent_tokens=256, type_kv="f16", text="synthetic", eligible=eligible or [True] * n,
-        sensitivity=each(layers), sensitivity_high=each(layers), sensitivity_heads=each(layers), overlap=each(similarity / 2),
-        recall=each(similarity), recall_low=each(similarity), head_recall=each(per_head), head_map=each(swapped))
 
 
 def line(n, near=0.95, decay=0.02):
