@@ -43,7 +43,7 @@ def linked(roles: str, problem: Problem, where: str) -> Plan:
         if role == "S":
             check_selects(where, layer, problem)
             current = layer
-        if role == "R" and problem.may_reuse[layer] and current == NO_SOURCE:
+        if role == "R" and problem.eligible[layer] and current == NO_SOURCE:
             raise PolicyError(f"{where}: layer {layer} reuses, but no layer before it selects; the first layer that can must select")
         sources.append(current if role == "S" or (role == "R" and problem.may_reuse[layer]) else NO_SOURCE)
     return Plan(drop_idle(sources))

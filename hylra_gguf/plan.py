@@ -112,11 +112,21 @@ def sensitivity_bound(max_sensitivity: float | None, strategy: str) -> float:
 def make_problem(view: View, top_k: int, bound: float, weights: str | None) -> Problem:
     """Layer 0 has no earlier layer; a layer that its own top-k cells already distort must not take another's."""
     eligible = np.array(view.profile.eligible, bool)
-    may_reuse = eligible & (np.arange(len(eligible)) > 0) & (np.asarray(view.sensitivity(top_k)) <= bound)
-    if weights not in (None, "importance"):
+    may_reuse = eligible & (np.arange(len(eligible)) > 0) & (view.sensitivity(top_k) <= bound)
+    return Problem(view.matrix(top_k), eligible, may_reuse, edge_weights(view.profile, weights, eligible))
+
+
+def edge_weights(profile: Profile, weights: str | None, eligible: np.ndarray) -> np.ndarray:
+    """[n_layer]; ones without a wish"""
+    if weights is None:
+        return np.ones(len(eligible))
+    if weights != "importance":
         raise PolicyError(f"--weights {weights}: expected importance")
-    cost = np.ones(len(eligible)) if weights is None else np.asarray(view.profile.layer("importance"), float)
-    return Problem(np.asarray(view.matrix(top_k), float), eligible, may_reuse, cost)
+    found = profile.layer("importance")
+    if np.isnan(found[eligible]).any():
+        raise PolicyError("--weights importance: the profile has no importance of some layers, which this model's graph does not show; "
+                          "leave --weights out")
+    return found
 
 
 # -- from the plan to the policy --------------------------------------------------------------------------------------
@@ -140,7 +150,7 @@ def select_budgets(view: View, plan: Plan, top_k: int, forced: int, bound: float
     """Per select layer the smallest measured top_k at which all its edges keep theta and its reuse layers the sensitivity bound."""
     budgets = {layer: top_k for layer in selects_of(plan.sources)}
     for k in sorted((k for k in view.profile.top_k if forced <= k < top_k), reverse=True):
-        matrix, calm = view.matrix(k), np.asarray(view.sensitivity(k)) <= bound
+        matrix, calm = view.matrix(k), view.sensitivity(k) <= bound
         bad = {source for source, layer in edges_of(plan.sources) if matrix[source, layer] < plan.theta or not calm[layer]}
         # from large to small: a layer that needs more than the next larger k stays where it is
         larger = min(other for other in [*view.profile.top_k, top_k] if k < other <= top_k)
@@ -164,7 +174,7 @@ def head_maps(profile: Profile, sources: list[int], ks: dict[int, int], path: st
 
 def evidence(view: View, plan: Plan, top_k: int, ks: dict[int, int]) -> dict:
     """What `show` and `report` need; the row of a select layer is at its own budget."""
-    matrix = np.array(view.matrix(top_k), float)
+    matrix = view.matrix(top_k)
     for layer, k in ks.items():
         matrix[layer] = view.matrix(k)[layer]
     return {"sensitivity": view.sensitivity(top_k), "overlap": matrix, "summary": summary(plan.sources, matrix, ks, top_k, view.similarity)}

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import ProfileError, plain_os_errors
-from .gguf_header import read_header, replacing
+from .files import replacing
+from .gguf_header import read_header
 
 PROFILE_VERSION = 2
 UNIT = 1e-4
