@@ -32,6 +32,7 @@ RECENT_TOKENS = 256
 BLOCK_SIZES = (1, 16, 32, 64, 128)
 MAX_CONTEXT = 8192  # longest context profiled without -c: minutes on two cores for a small model
 CHARS_PER_TOKEN = 8  # English prose has 4 to 5, so this is ample
+KV_TYPES = [name for name in GGML_TYPES if name != "f32"]  # llama.cpp copies an F32 cache to F16, so its attention shows no cache
 MAX_CHARS_PER_TOKEN = 64  # of a longer text only this much is tokenized
 
 
@@ -176,8 +177,8 @@ def profile_model(model_path: str, texts: list[tuple[str, str]] | None = None, o
 
 
 def check_options(options: Options) -> None:
-    if options.type_kv not in GGML_TYPES:
-        raise ProfileError(f"-ctk {options.type_kv}: expected one of {' '.join(GGML_TYPES)}")
+    if options.type_kv not in KV_TYPES:
+        raise ProfileError(f"-ctk {options.type_kv}: expected one of {' '.join(KV_TYPES)}")
     odd = [size for size in options.block_sizes if size != 1 and not (16 <= size <= 128)]
     if odd:
         raise ProfileError(f"--block-sizes {odd[0]}: expected 1, or 16 to 128")
