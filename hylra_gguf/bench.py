@@ -21,7 +21,7 @@ from pathlib import Path
 from . import __version__, engine
 from .errors import HylraError, ModelFileError
 from .policy import FULL, Policy, read_policy
-from .profile import GGML_TYPES, N_UBATCH, cpu_count
+from .forward import GGML_TYPES, N_UBATCH, cpu_count
 from .texts import calibration_text
 
 DENSE_ARMS = ("stock-fa1", "stock-fa0")

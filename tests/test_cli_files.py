@@ -212,13 +212,15 @@ def test_help_and_version(capsys):
 
 @pytest.mark.parametrize("line, module, function, expected", [
     ("profile m.gguf -f a b -c 4096 -ctk q8_0 -t 2 --samples 9 -k 512,1024 -o p.json", "profile", "cmd_profile",
-     dict(model="m.gguf", file=["a", "b"], ctx_size=4096, cache_type_k="q8_0", threads=2, samples=9, top_k=[512, 1024], output="p.json",
+     dict(model="m.gguf", file=["a", "b"], ctx_size=[4096], cache_type_k="q8_0", threads=2, samples=9, top_k=[512, 1024], output="p.json",
           no_progress=False)),
     ("plan p.json --theta 0.9 --top-k 1024 --strategy explicit --layers 2,13 --n 3 --sink 4 --recent 128 --min-context 0 "
      "--block-size 32 --similarity overlap --max-sensitivity 0.2 --lists head -o q.json", "plan", "cmd_plan",
      dict(profile="p.json", theta=0.9, top_k=1024, strategy="explicit", layers=[2, 13], n=3, sink=4, recent=128, min_context=0,
           block_size=32, similarity="overlap", max_sensitivity=0.2, lists="head", output="q.json")),
     ("plan p.json", "plan", "cmd_plan", dict(theta=None, top_k=None, strategy=None, lists=None, similarity=None, output=None)),
+    ("embed-policy model.gguf -f a -c 64 --top-k 7", "embed", "cmd_embed_auto",
+     dict(model="model.gguf", policy=None, output=None, file=["a"], ctx_size=[64], top_k=7, dry_run=False, force=False)),
     ("run m.gguf -p hi -n 5 -c 64 -t 1 --policy p.json --no-hylra --temp 0.5 --seed 3 --chat", "generate", "cmd_run",
      dict(model="m.gguf", prompt="hi", file=None, n_predict=5, ctx_size=64, threads=1, policy="p.json", no_hylra=True, temp=0.5,
           seed=3, chat=True)),
