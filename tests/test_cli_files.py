@@ -219,8 +219,6 @@ def test_help_and_version(capsys):
      dict(profile="p.json", theta=0.9, top_k=1024, strategy="explicit", layers=[2, 13], n=3, sink=4, recent=128, min_context=0,
           block_size=32, similarity="overlap", max_sensitivity=0.2, lists="head", output="q.json")),
     ("plan p.json", "plan", "cmd_plan", dict(theta=None, top_k=None, strategy=None, lists=None, similarity=None, output=None)),
-    ("embed-policy model.gguf -f a -c 64 --top-k 7", "embed", "cmd_embed_auto",
-     dict(model="model.gguf", policy=None, output=None, file=["a"], ctx_size=[64], top_k=7, dry_run=False, force=False)),
     ("run m.gguf -p hi -n 5 -c 64 -t 1 --policy p.json --no-hylra --temp 0.5 --seed 3 --chat", "generate", "cmd_run",
      dict(model="m.gguf", prompt="hi", file=None, n_predict=5, ctx_size=64, threads=1, policy="p.json", no_hylra=True, temp=0.5,
           seed=3, chat=True)),
@@ -243,7 +241,7 @@ def test_embed_policy_writes_what_was_planned(folder, capsys, monkeypatch):
                         types.SimpleNamespace(plan_for_model=lambda args: seen.append(vars(args)) or POLICY))
     code, out, err = run(capsys, "embed-policy", "model.gguf", "-f", "a", "-c", "64", "--top-k", "7")
     assert (code, err) == (0, "model.gguf: policy written\n") and out == POLICY.describe() + "\n"
-    assert {name: seen[0][name] for name in ("file", "ctx_size", "top_k", "policy")} == dict(file=["a"], ctx_size=64, top_k=7, policy=None)
+    assert {name: seen[0][name] for name in ("file", "ctx_size", "top_k", "policy")} == dict(file=["a"], ctx_size=[64], top_k=7, policy=None)
     assert read_policy(folder / "model.gguf") == POLICY
 
 
