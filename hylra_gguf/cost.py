@@ -23,7 +23,7 @@ from .profile_data import Profile
 DEPTHS_TOKENS = (2048, 8192)  # apart enough for a slope, deep enough that the cache does not fit into the processor's
 TOP_K = 1024
 SEED_TOKENS = 256  # tokens that are really read; the rest of the cache are copies
-ROUNDS, STEPS = 3, 3
+ROUNDS, STEPS = 6, 3
 DEEPEST_TOKENS = 1 << 20  # what does not pay up to here does not pay
 
 
