@@ -153,7 +153,8 @@ def _add_profile(commands: Any) -> None:
     parser.add_argument("--block-sizes", type=_list(_count(1)), metavar="LIST", help="cells chosen together (default 1,16,32,64,128)")
     parser.add_argument("--sink", type=_count(0), metavar="N", help="first tokens, always kept (default 4)")
     parser.add_argument("--recent", type=_count(0), metavar="N", help="latest tokens, always kept (default 256)")
-    _add_output(parser, "the profile file", "PROFILE", required=True)
+    parser.add_argument("--policy", metavar="FILE", help="measure instead the recall that its reuse layers really have, as rows: -o md|csv|json")
+    _add_output(parser, "the profile file (default: stdout)", "PROFILE")
     _add_no_progress(parser)
 
 
@@ -270,8 +271,8 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", type=_count(1), metavar="N", help="processor threads")
 
 
-def _add_output(parser: argparse.ArgumentParser, text: str, name: str, required: bool = False) -> None:
-    parser.add_argument("-o", "--output", metavar=name, required=required, help=text)
+def _add_output(parser: argparse.ArgumentParser, text: str, name: str) -> None:
+    parser.add_argument("-o", "--output", metavar=name, help=text)
 
 
 def _add_format(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:

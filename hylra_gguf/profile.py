@@ -249,12 +249,30 @@ def options_of(args) -> Options:
 
 
 def cmd_profile(args) -> None:
+    texts, options = named_texts(vars(args).get("file")), options_of(args)
+    if vars(args).get("policy"):
+        print_drift(args, texts, options)
+        return
     if args.output and not os.access(Path(args.output).resolve().parent, os.W_OK):
         raise ProfileError(f"{args.output}: cannot write here; choose a folder that exists and is writable")
-    profile = profile_model(args.model, named_texts(vars(args).get("file")), options_of(args), args.output)
+    profile = profile_model(args.model, texts, options, args.output)
     print(describe(profile), file=sys.stderr)
     if args.output:
         profile.save(args.output)
         Partial(args.output, {}).remove()
     else:
         print(profile.to_json())
+
+
+def print_drift(args, texts: list[tuple[str, str]], options: Options) -> None:
+    from .drift import measure_drift
+    from .policy import Policy
+    from .tables import FORMATS
+
+    name = args.output or "md"
+    if name not in FORMATS:
+        raise ProfileError(f"-o {name}: with --policy rows go to stdout; expected one of {' '.join(FORMATS)}")
+    for flag in ("top_k", "block_sizes", "sink", "recent"):
+        if vars(args).get(flag) is not None:
+            raise ProfileError(f"--{flag.replace('_', '-')} has no effect beside --policy; leave it out")
+    print(FORMATS[name](measure_drift(args.model, Policy.load(args.policy), texts, options)))

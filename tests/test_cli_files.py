@@ -168,7 +168,6 @@ ERRORS = [
     ("embed-policy model.gguf --min-context -1", "argument --min-context"),
     ("plan p.json -o q.json --strategy best", "invalid choice: 'best'"),
     ("plan p.json -o q.json --similarity cosine", "invalid choice: 'cosine'"),
-    ("profile model.gguf", "-o/--output"),
     ("profile model.gguf -o p -c 0", "argument -c/--ctx-size: '0' is no whole number"),
     ("profile model.gguf -o p -ctk q3_k", "invalid choice: 'q3_k'"),
     ("profile model.gguf -o p -k 1,,2", "argument -k/--top-k: '' is no whole number"),

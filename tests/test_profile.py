@@ -121,6 +121,22 @@ def test_other_head_sizes(tmp_path, monkeypatch, shape):
     assert found.eligible == [True] * 4 and found.head_recall(300).shape == (4, 4, shape["n_head_kv"], shape["n_head_kv"])
 
 
+GEMMA2 = dict(arch="gemma2", norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), sliding_window=256, tied=True)
+COHERE2 = dict(arch="cohere2", norms=("attn_norm",), sliding_window=256, tied=True)
+
+
+@pytest.mark.parametrize("shape, eligible, importance", [
+    (GEMMA2, [False, True, False, True], True),
+    (COHERE2, [False, False, False, True], False),  # attention and feed-forward are added together
+])
+def test_sliding_window_layers_are_left_out(tmp_path, monkeypatch, shape, eligible, importance):
+    monkeypatch.setattr(Forward, "tokenize", lambda self, text: random_tokens(1024))
+    found = profile_model(str(write_tiny_model(tmp_path / "m.gguf", **shape)), TEXTS, SMALL)
+    assert found.eligible == eligible
+    assert np.isfinite(found.layer("importance")[np.array(eligible)]).all() == importance
+    assert not found.matrix("recall", 300)[:, ~np.array(eligible)].any()
+
+
 # -- importance -------------------------------------------------------------------------------------------------------
 
 
