@@ -188,4 +188,11 @@ def rows_of(policy: Policy, recalls: Recalls) -> list[dict]:
 
 
 def rounded(value: float) -> float:
-    return round(float(value), 4)
+    return round(float(value), 4) + 0.0  # no -0.0
+
+
+def describe(rows: list[dict]) -> str:
+    planned, chain = (sum(row[name] for row in rows) / len(rows) for name in ("planned", "in_chain"))
+    worst = min(rows, key=lambda row: row["drift"])
+    return (f"{len(rows)} reuse layers: recall planned {planned:.3f}, in the chain {chain:.3f}; "
+            f"largest loss {-worst['drift']:.4f} in layer {worst['layer']}")

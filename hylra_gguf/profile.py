@@ -265,7 +265,7 @@ def cmd_profile(args) -> None:
 
 
 def print_drift(args, texts: list[tuple[str, str]], options: Options) -> None:
-    from .drift import measure_drift
+    from . import drift
     from .policy import Policy
     from .tables import FORMATS
 
@@ -275,4 +275,6 @@ def print_drift(args, texts: list[tuple[str, str]], options: Options) -> None:
     for flag in ("top_k", "block_sizes", "sink", "recent"):
         if vars(args).get(flag) is not None:
             raise ProfileError(f"--{flag.replace('_', '-')} has no effect beside --policy; leave it out")
-    print(FORMATS[name](measure_drift(args.model, Policy.load(args.policy), texts, options)))
+    rows = drift.measure_drift(args.model, Policy.load(args.policy), texts, options)
+    print(drift.describe(rows), file=sys.stderr)
+    print(FORMATS[name](rows))

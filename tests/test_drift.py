@@ -60,9 +60,12 @@ def test_the_command_prints_rows(tiny, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
     args = dict(model=tiny, file=[str(tmp_path / "a.txt")], ctx_size=[1024], samples=2, threads=1, no_progress=True, policy=str(policy))
     profile.cmd_profile(argparse.Namespace(**args, output="json"))
-    assert [row["layer"] for row in json.loads(capsys.readouterr().out)] == [1, 2, 3]
+    out, err = capsys.readouterr()
+    assert [row["layer"] for row in json.loads(out)] == [1, 2, 3] and "3 reuse layers: recall planned 0." in err
     profile.cmd_profile(argparse.Namespace(**args, output=None))
     assert capsys.readouterr().out.startswith("| layer | source | tokens | planned | in_chain |")
+    profile.cmd_profile(argparse.Namespace(**args, output="csv"))
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["layer", "1", "2", "3"]
     with pytest.raises(ProfileError, match="-o p.json: with --policy rows go to stdout; expected one of md csv json"):
         profile.cmd_profile(argparse.Namespace(**args, output="p.json"))
     with pytest.raises(ProfileError, match="--top-k has no effect beside --policy"):
@@ -81,6 +84,14 @@ def test_what_is_refused(tiny, policy, options, error, words):
     with pytest.raises(error, match=words) as caught:
         drift.measure_drift(tiny, policy, TEXTS, Options(**{**vars(OPTIONS), **options}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_memory_that_cannot_go_back_is_one_line(tiny, monkeypatch):
+    import llama_cpp
+
+    monkeypatch.setattr(llama_cpp, "llama_memory_seq_rm", lambda *_: False)
+    with pytest.raises(ProfileError, match="cannot forget its last tokens"):
+        drift.measure_drift(tiny, policy_of(), TEXTS, OPTIONS)
 
 
 def test_top_k_of_a_share_of_the_cache():

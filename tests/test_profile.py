@@ -122,7 +122,7 @@ def test_other_head_sizes(tmp_path, monkeypatch, shape):
 
 
 GEMMA2 = dict(arch="gemma2", norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), sliding_window=256, tied=True)
-COHERE2 = dict(arch="cohere2", norms=("attn_norm",), sliding_window=256, tied=True)
+COHERE2 = dict(arch="cohere2", n_embd_head=16, norms=("attn_norm",), sliding_window=256, tied=True)
 
 
 @pytest.mark.parametrize("shape, eligible, importance", [
