@@ -116,14 +116,15 @@ def chosen(scores: np.ndarray, budget: Budget, block_size: int) -> np.ndarray:
 # -- the pass ---------------------------------------------------------------------------------------------------------
 
 
-def measure_drift(model_path: str, policy: Policy, texts: list[tuple[str, str]] | None = None, options: Options = Options()) -> list[dict]:
+def measure_drift(model_path: str, policy: Policy, texts: list[tuple[str, str]] | None = None,
+                  options: Options = Options()) -> list[dict]:
     """One row per reuse layer: its source, the recall a dense pass promises and the recall in the chain, over all sampled tokens.
 
     Raises ProfileError for texts and contexts that do not fit, PolicyError for a policy that does not fit the model.
     """
     check_options(options)
     if REUSE not in policy.layer_mode:
-        raise ProfileError(f"the policy has no reuse layer ({policy.one_line()}); there is no drift to measure, plan with a lower --theta")
+        raise ProfileError(f"the policy has no reuse layer ({policy.one_line()}), so nothing can drift; plan with a lower --theta")
     recalls = Recalls()
     with Forward(model_path) as forward:
         contexts = choose_contexts(options.contexts, forward.api.llama_model_n_ctx_train(forward.model))

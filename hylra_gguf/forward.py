@@ -1,4 +1,4 @@
-"""Runs a model on the CPU over tokens and shows the nodes of its graph to a visitor; refuses what llama.cpp cannot load or compute."""
+"""Runs a model on the CPU and shows the nodes of its graph to a visitor; refuses what llama.cpp cannot load or compute."""
 
 from __future__ import annotations
 

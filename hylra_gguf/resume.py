@@ -1,4 +1,4 @@
-"""Keeps the progress of a profile in PROFILE.part (numbers) and PROFILE.part.kv (the KV cache inside a long text) until it is done.
+"""Keeps the progress of a profile in PROFILE.part, and inside a long text the KV cache in PROFILE.part.kv, until it is done.
 
 Refuses what was begun with other settings, and what is damaged.
 """

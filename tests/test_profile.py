@@ -226,7 +226,8 @@ def test_a_lost_cache_only_costs_the_text(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("texts_now, change, words", [
     (TEXTS, {"top_k": [400]}, "begun with another top_k; run with the settings of that time, or remove it"),
-    (TEXTS, {"type_kv": "q8_0"}, "another type_kv"), (TEXTS[::-1], {}, "another text"), (TEXTS, {"contexts": [1100]}, "another text contexts")])
+    (TEXTS, {"type_kv": "q8_0"}, "another type_kv"), (TEXTS[::-1], {}, "another text"),
+    (TEXTS, {"contexts": [1100]}, "another text contexts")])
 def test_progress_of_other_settings_is_refused(tiny, tmp_path, texts_now, change, words):
     output = str(tmp_path / "p.json")
     profile_model(tiny, TEXTS, SMALL, output)
@@ -266,7 +267,8 @@ def test_a_failed_decode_is_one_line(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"type_kv": "q5_1"}, "-ctk q5_1: expected one of f16 q4_0 q8_0 bf16"), ({"type_kv": "f32"}, "-ctk f32: expected one of f16"), ({"block_sizes": (8,)}, "--block-sizes 8: expected 1, or 16 to 128"),
+    ({"type_kv": "q5_1"}, "-ctk q5_1: expected one of f16 q4_0 q8_0 bf16"), ({"type_kv": "f32"}, "-ctk f32: expected one of f16"),
+    ({"block_sizes": (8,)}, "--block-sizes 8: expected 1, or 16 to 128"),
     ({"contexts": [4096]}, "one: 2048 tokens, shorter than the context of 4096; lower -c or give a longer text"),
     ({"contexts": [40]}, "-c 40: too short to profile"), ({"samples": 0}, "--samples 0"), ({"top_k": [200]}, "top_k 200 is below the 260"),
     ({"contexts": [512, 1024], "top_k": [500]}, "context 512 is too short for top_k 500"),
