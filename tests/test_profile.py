@@ -244,6 +244,7 @@ def test_damaged_progress_is_one_line(tiny, tmp_path, content):
 
 def test_the_command_leaves_the_profile_and_nothing_else(tiny, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "p.json.part.kv.tmp").write_text("of a killed run")
     args = argparse.Namespace(model=tiny, output=str(tmp_path / "p.json"), file=[str(tmp_path / "a.txt")], ctx_size=[1024], top_k=[300],
                               samples=2, block_sizes=[16], threads=1, no_progress=True)
     profile.cmd_profile(args)
