@@ -146,14 +146,16 @@ def _add_profile(commands: Any) -> None:
     parser = _command(commands, "profile", _lazy("profile", "cmd_profile"), "measure which layers look at the same tokens")
     _add_model(parser)
     _add_text_flags(parser)
-    parser.add_argument("-ctk", "--cache-type-k", metavar="TYPE", choices=KV_TYPES, help=f"type of the KV cache: {' '.join(KV_TYPES)}")
+    types = [name for name in KV_TYPES if name != "f32"]  # see profile.KV_TYPES
+    parser.add_argument("-ctk", "--cache-type-k", metavar="TYPE", choices=types, help=f"type of the KV cache: {' '.join(types)}")
     _add_threads(parser)
     parser.add_argument("--samples", type=count(1), metavar="N", help="query rows to sample")
     parser.add_argument("-k", "--top-k", type=list_of(count(1)), metavar="LIST", help="top_k values to measure, such as 1024,2048")
     parser.add_argument("--block-sizes", type=list_of(count(1)), metavar="LIST", help="cells chosen together (default 1,16,32,64,128)")
     parser.add_argument("--sink", type=count(0), metavar="N", help="first tokens, always kept (default 4)")
     parser.add_argument("--recent", type=count(0), metavar="N", help="latest tokens, always kept (default 256)")
-    _add_output(parser, "the profile file", "PROFILE", required=True)
+    parser.add_argument("--policy", metavar="FILE", help="measure instead the recall that its reuse layers really have; -o md|csv|json")
+    _add_output(parser, "the profile file (default: stdout)", "PROFILE")
     _add_no_progress(parser)
 
 
@@ -254,8 +256,8 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", type=count(1), metavar="N", help="processor threads")
 
 
-def _add_output(parser: argparse.ArgumentParser, text: str, name: str, required: bool = False) -> None:
-    parser.add_argument("-o", "--output", metavar=name, required=required, help=text)
+def _add_output(parser: argparse.ArgumentParser, text: str, name: str) -> None:
+    parser.add_argument("-o", "--output", metavar=name, help=text)
 
 
 def _add_format(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:

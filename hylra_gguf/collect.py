@@ -137,9 +137,9 @@ class Collector:
         lists = self.lists_of(row.sample, 0, self.head_kv_count)
         lists.add(row.layer, rankings)
         i, n_k = lists.layers, len(self.budget.top_k)
-        cells, counts = lists.cells[i], lists.counts[i]
+        cells, counts = lists.cells[i].reshape(-1, lists.cells.shape[-1]), lists.counts[i].reshape(-1, n_k)
         for head, (scores, ranking) in enumerate(zip(pooled, rankings)):
-            found = measure.shared(scores / scores.sum(), ranking, cells.reshape(-1, cells.shape[-1]), counts.reshape(-1, n_k), self.budget)
+            found = measure.shared(scores / scores.sum(), ranking, cells, counts, self.budget)
             for name, values in zip(NAMES, found):
                 by_layer = values.reshape(len(i), self.head_kv_count, n_k).transpose(0, 2, 1)
                 self.state[f"{name}_head"][row.sample, :, i, row.layer, :, head] = by_layer

@@ -1,4 +1,4 @@
-"""Runs a model on the CPU over tokens and shows the nodes of its graph to a visitor; refuses what llama.cpp cannot load or compute."""
+"""Runs a model on the CPU and shows the nodes of its graph to a visitor; refuses what llama.cpp cannot load or compute."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class Forward:
         self.api.llama_memory_clear(self.memory, True)
 
     def forget_from(self, position: int) -> None:
-        self.api.llama_memory_seq_rm(self.memory, 0, position, -1)
+        if not self.api.llama_memory_seq_rm(self.memory, 0, position, -1):
+            raise ProfileError(f"{self.path}: the memory of this model cannot forget its last tokens (recurrent layers), "
+                               "so a step cannot be repeated with and without the policy")
 
     def save_cache(self, path: str, n_tokens: int) -> bool:
         """False if it could not be written"""

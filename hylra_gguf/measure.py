@@ -1,4 +1,4 @@
-"""What one attention layer looks at, for sampled query rows: probabilities, the cells in order of use, and what leaving cells out costs.
+"""What sampled rows of one attention layer look at: probabilities, the cells in order of use, and what leaving cells out costs.
 
 Plain numpy in float32 from the traced inputs. The engine's own attention output is never the reference: with F16 V it may be
 accumulated in FP16, which is off by whole percents at 32K cells. Cells must be positions, as they are in one appended sequence.

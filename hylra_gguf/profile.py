@@ -1,7 +1,7 @@
 """Measure on one dense pass over calibration texts what each attention layer needs and whose cells would serve it.
 
-Sampled rows of a prefill are the rows a decode would compute, so one pass over a text gives decode statistics at every length up to
-its own. Refuses a text shorter than the longest context and samples that do not fit.
+Sampled rows of a prefill are the rows a decode would compute, so one pass over a text gives decode statistics at every length up
+to its own. Refuses a text shorter than the longest context and samples that do not fit.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class LayerVisitor:
 class Pass:
     """All texts through one context, from wherever an earlier run was interrupted."""
 
-    def __init__(self, forward: Forward, token_lists: list[list[int]], samples: list[Sample], visitor: LayerVisitor, partial: Partial):
+    def __init__(self, forward: Forward, token_lists: list[list[int]], samples: list[Sample], visitor: LayerVisitor,
+                 partial: Partial) -> None:
         self.forward, self.token_lists, self.samples = forward, token_lists, samples
         self.visitor, self.partial, self.state = visitor, partial, visitor.collector.state
         self.place = Place()
@@ -147,7 +148,7 @@ class Pass:
 
 def profile_model(model_path: str, texts: list[tuple[str, str]] | None = None, options: Options = Options(),
                   output: str | None = None) -> Profile:
-    """One pass over each text (name, content), default one that ships with Python; `output` names the file that progress is kept beside.
+    """One pass over each text (name, content), default one that ships with Python; progress is kept beside the file `output`.
 
     Raises ProfileError or ModelFileError in one line for what cannot be measured.
     """
@@ -232,7 +233,7 @@ def describe(profile: Profile) -> str:
                      + (f"recall of the next layer mean {next_layer.mean():.3f}; " if len(next_layer) else "")
                      + f"sensitivity max {sensitivity.max():.3f} (layer {int(sensitivity.argmax())})")
     if np.isnan(profile.layer("importance")[layers]).any():
-        lines.append(f"importance is missing for some layers: the graph of {profile.arch} does not add attention alone to its input")
+        lines.append(f"importance is missing for some layers: {profile.arch} does not add the attention output alone to its input")
     return "\n".join(lines)
 
 
@@ -249,12 +250,32 @@ def options_of(args) -> Options:
 
 
 def cmd_profile(args) -> None:
+    texts, options = named_texts(vars(args).get("file")), options_of(args)
+    if vars(args).get("policy"):
+        print_drift(args, texts, options)
+        return
     if args.output and not os.access(Path(args.output).resolve().parent, os.W_OK):
         raise ProfileError(f"{args.output}: cannot write here; choose a folder that exists and is writable")
-    profile = profile_model(args.model, named_texts(vars(args).get("file")), options_of(args), args.output)
+    profile = profile_model(args.model, texts, options, args.output)
     print(describe(profile), file=sys.stderr)
     if args.output:
         profile.save(args.output)
         Partial(args.output, {}).remove()
     else:
         print(profile.to_json())
+
+
+def print_drift(args, texts: list[tuple[str, str]], options: Options) -> None:
+    from . import drift
+    from .policy import Policy
+    from .tables import FORMATS
+
+    name = args.output or "md"
+    if name not in FORMATS:
+        raise ProfileError(f"-o {name}: with --policy rows go to stdout; expected one of {' '.join(FORMATS)}")
+    for flag in ("top_k", "block_sizes", "sink", "recent"):
+        if vars(args).get(flag) is not None:
+            raise ProfileError(f"--{flag.replace('_', '-')} has no effect beside --policy; leave it out")
+    rows = drift.measure_drift(args.model, Policy.load(args.policy), texts, options)
+    print(drift.describe(rows), file=sys.stderr)
+    print(FORMATS[name](rows))

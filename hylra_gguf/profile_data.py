@@ -1,7 +1,7 @@
-"""What a profile holds and how it is stored; refuses a file of another version, with missing, damaged or mixed content, or of another model.
+"""What a profile holds and how it is stored; refuses files of another version or model, and missing, damaged or mixed content.
 
-The file is JSON. Its arrays are whole numbers in units of 1e-4, keyed by what they are, and of layer pairs only source <= layer is kept.
-Means are kept for the fit and the held-out half; quantiles for all samples together.
+The file is JSON. Its arrays are whole numbers in units of 1e-4, keyed by what they are; of layer pairs only source <= layer is
+kept, means for the fit and the held-out half, quantiles for all samples together.
 """
 
 from __future__ import annotations
@@ -78,9 +78,13 @@ class Profile:
         free = np.clip((overlap * top_k - forced) / max(top_k - forced, 1), 0, 1)
         return free * np.triu(np.outer(self.eligible, self.eligible))
 
-    def layer(self, name: str, top_k: int | None = None, statistic: str = "mean", lists: str = "layer", split: str = "all") -> np.ndarray:
-        """[n_layer] of "sensitivity" (of a top_k), "sparsity" (smallest share of cells that holds 90 % of the mass) or "importance"
-        (1 - cos(x, x + attention output), NaN where the graph does not show it). With lists "head": every KV head its own list."""
+    def layer(self, name: str, top_k: int | None = None, statistic: str = "mean", lists: str = "layer",
+              split: str = "all") -> np.ndarray:
+        """[n_layer] of "sensitivity" (of a top_k), "sparsity" or "importance"; with lists "head" every KV head has its own list.
+
+        Sparsity is the smallest share of cells that holds 90 % of the mass, importance 1 - cos(x, x + attention output), NaN where
+        the graph does not show it.
+        """
         one_of("name", name, LAYER_NAMES)
         one_of("statistic", statistic, ("mean", "low", "high"))
         one_of("lists", lists, ("layer", "head"))
@@ -128,7 +132,8 @@ class Profile:
             known = " ".join(map(str, self.top_k))
             raise ProfileError(f"top_k {top_k}: the profile holds {known}; take one of these or profile again with -k {top_k}")
         if lists == "head" and block_size != 1:
-            raise ProfileError(f"block size {block_size}: lists per KV head were measured for cells only; take block size 1 or lists layer")
+            raise ProfileError(f"block size {block_size}: lists per KV head were measured for cells only; "
+                               "take block size 1 or lists layer")
         if block_size not in self.block_sizes:
             known = " ".join(map(str, self.block_sizes))
             raise ProfileError(f"block size {block_size}: the profile holds {known}; take one of these")

@@ -1,4 +1,4 @@
-"""Keeps the progress of a profile in PROFILE.part (numbers) and PROFILE.part.kv (the KV cache inside a long text) until it is done.
+"""Keeps the progress of a profile in PROFILE.part, and inside a long text the KV cache in PROFILE.part.kv, until it is done.
 
 Refuses what was begun with other settings, and what is damaged.
 """
@@ -41,6 +41,10 @@ class Partial:
     def kv_path(self) -> str:
         return f"{self.path}.kv"
 
+    @property
+    def kv_temporary(self) -> str:
+        return f"{self.kv_path}.tmp"
+
     def load(self) -> tuple[Place, dict[str, np.ndarray]] | None:
         """None if there is nothing to go on from"""
         if not self.path or not os.path.exists(self.path):
@@ -66,12 +70,11 @@ class Partial:
         """The cache of a text that is half read, if the last one is long ago; a full disk only costs this convenience."""
         if not self.path or time.monotonic() - self.kv_written_s < KV_INTERVAL_S:
             return
-        temporary = f"{self.kv_path}.tmp"
-        if forward.save_cache(temporary, place.tokens):
-            os.replace(temporary, self.kv_path)
+        if forward.save_cache(self.kv_temporary, place.tokens):
+            os.replace(self.kv_temporary, self.kv_path)
             self.save(place, state)
         else:
-            remove(temporary)
+            remove(self.kv_temporary)
         self.kv_written_s = time.monotonic()
 
     def load_kv(self, forward, place: Place) -> Place:
@@ -83,8 +86,8 @@ class Partial:
 
     def remove(self) -> None:
         if self.path:
-            remove(self.path)
-            remove(self.kv_path)
+            for path in (self.path, self.kv_path, self.kv_temporary):
+                remove(path)
 
 
 def remove(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Which query rows a profile samples: over texts and context lengths, in the later half of each context, in two halves that do not mix.
+"""Which query rows a profile samples: of each text and context length the later half, split into two halves that do not mix.
 
 Refuses contexts in which the largest top_k would leave too few cells out: every layer would then look perfect.
 """

@@ -5,13 +5,10 @@ Refuses flags that have no effect on a sweep, and a choice that no row meets.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import sys
 from dataclasses import dataclass
 
-from . import cost
+from . import cost, tables
 from .errors import PolicyError
 from .flags import CHOOSING, SWEEP_FLAGS, flag, parse_sweep
 from .plan import edges_of, plan_options, plan_policy, show_and_save
@@ -111,7 +108,8 @@ def quality(profile: Profile, policy: Policy, options: dict) -> dict:
 
 
 def speed(profile: Profile, policy: Policy, model: cost.CostModel, depths: list[int]) -> dict:
-    """Predicted tokens/s and speedup against the faster stock arm per depth; break_even: below this depth the policy is slower."""
+    """Predicted tokens/s and speedup against the faster stock arm per depth, as if min_context did not hold the policy back there;
+    break_even: below this depth the policy is slower, so min_context belongs there or above."""
     row = {}
     for depth in depths:
         stock_s, policy_s = model.stock_s(depth), model.policy_s(policy, profile.eligible, depth)
@@ -145,23 +143,14 @@ def choose(candidates: list[Candidate], depths: list[int], target_speedup: float
 
 
 def to_md(rows: list[dict]) -> str:
-    """A depth below break-even is marked: there the policy is slower than stock."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    return "\n".join(lines + ["| " + " | ".join(cell(name, value) for name, value in row.items()) + " |" for row in rows])
+    return tables.to_md([{name: cell(name, value) for name, value in row.items()} for row in rows])
 
 
 def cell(name: str, value) -> str:
+    """A depth below break-even is marked: there the policy is slower than stock."""
     if value is None:
         return "never" if name == "break_even" else ""
     return f"{value} (slower)" if name.startswith("speedup_") and value < 1 else str(value)
 
 
-def to_csv(rows: list[dict]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue().rstrip()
-
-
-FORMATS = {"md": to_md, "csv": to_csv, "json": lambda rows: json.dumps(rows, indent=2)}
+FORMATS = {**tables.FORMATS, "md": to_md}

@@ -172,7 +172,6 @@ ERRORS = [
     ("plan p.json --count 0", "argument --count: '0' is no whole number from 1"),
     ("plan p.json --top-k-fraction 1.1", "argument --top-k-fraction: '1.1' is no number"),
     ("plan p.json -o q.json --similarity cosine", "invalid choice: 'cosine'"),
-    ("profile model.gguf", "-o/--output"),
     ("profile model.gguf -o p -c 0", "argument -c/--ctx-size: '0' is no whole number"),
     ("profile model.gguf -o p -ctk q3_k", "invalid choice: 'q3_k'"),
     ("profile model.gguf -o p -k 1,,2", "argument -k/--top-k: '' is no whole number"),

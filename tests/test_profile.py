@@ -121,6 +121,22 @@ def test_other_head_sizes(tmp_path, monkeypatch, shape):
     assert found.eligible == [True] * 4 and found.head_recall(300).shape == (4, 4, shape["n_head_kv"], shape["n_head_kv"])
 
 
+GEMMA2 = dict(arch="gemma2", norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), sliding_window=256, tied=True)
+COHERE2 = dict(arch="cohere2", n_embd_head=16, norms=("attn_norm",), sliding_window=256, tied=True)
+
+
+@pytest.mark.parametrize("shape, eligible, importance", [
+    (GEMMA2, [False, True, False, True], True),
+    (COHERE2, [False, False, False, True], False),  # attention and feed-forward are added together
+])
+def test_sliding_window_layers_are_left_out(tmp_path, monkeypatch, shape, eligible, importance):
+    monkeypatch.setattr(Forward, "tokenize", lambda self, text: random_tokens(1024))
+    found = profile_model(str(write_tiny_model(tmp_path / "m.gguf", **shape)), TEXTS, SMALL)
+    assert found.eligible == eligible
+    assert np.isfinite(found.layer("importance")[np.array(eligible)]).all() == importance
+    assert not found.matrix("recall", 300)[:, ~np.array(eligible)].any()
+
+
 # -- importance -------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +226,8 @@ def test_a_lost_cache_only_costs_the_text(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("texts_now, change, words", [
     (TEXTS, {"top_k": [400]}, "begun with another top_k; run with the settings of that time, or remove it"),
-    (TEXTS, {"type_kv": "q8_0"}, "another type_kv"), (TEXTS[::-1], {}, "another text"), (TEXTS, {"contexts": [1100]}, "another text contexts")])
+    (TEXTS, {"type_kv": "q8_0"}, "another type_kv"), (TEXTS[::-1], {}, "another text"),
+    (TEXTS, {"contexts": [1100]}, "another text contexts")])
 def test_progress_of_other_settings_is_refused(tiny, tmp_path, texts_now, change, words):
     output = str(tmp_path / "p.json")
     profile_model(tiny, TEXTS, SMALL, output)
@@ -227,6 +244,7 @@ def test_damaged_progress_is_one_line(tiny, tmp_path, content):
 
 def test_the_command_leaves_the_profile_and_nothing_else(tiny, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "p.json.part.kv.tmp").write_text("of a killed run")
     args = argparse.Namespace(model=tiny, output=str(tmp_path / "p.json"), file=[str(tmp_path / "a.txt")], ctx_size=[1024], top_k=[300],
                               samples=2, block_sizes=[16], threads=1, no_progress=True)
     profile.cmd_profile(args)
@@ -250,7 +268,8 @@ def test_a_failed_decode_is_one_line(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"type_kv": "q5_1"}, "-ctk q5_1: expected one of f16 q4_0 q8_0 bf16"), ({"type_kv": "f32"}, "-ctk f32: expected one of f16"), ({"block_sizes": (8,)}, "--block-sizes 8: expected 1, or 16 to 128"),
+    ({"type_kv": "q5_1"}, "-ctk q5_1: expected one of f16 q4_0 q8_0 bf16"), ({"type_kv": "f32"}, "-ctk f32: expected one of f16"),
+    ({"block_sizes": (8,)}, "--block-sizes 8: expected 1, or 16 to 128"),
     ({"contexts": [4096]}, "one: 2048 tokens, shorter than the context of 4096; lower -c or give a longer text"),
     ({"contexts": [40]}, "-c 40: too short to profile"), ({"samples": 0}, "--samples 0"), ({"top_k": [200]}, "top_k 200 is below the 260"),
     ({"contexts": [512, 1024], "top_k": [500]}, "context 512 is too short for top_k 500"),
