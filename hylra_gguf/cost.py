@@ -1,4 +1,4 @@
-"""How long a decode step takes, from a short measurement of this machine with this model: enough to compare policies, not a benchmark.
+"""How long a decode step takes, from a short measurement of this machine with this model: to compare policies, not a benchmark.
 
 Step time = t0 + dense * (full and select layers x cells) + select * (select layers x cells) + reuse * (gathered cells of all reuse
 layers); stock likewise, per arm. One sequence, one list of cells per layer, F16 KV. A file for another model is refused.
@@ -29,7 +29,7 @@ DEEPEST_TOKENS = 1 << 20  # what does not pay up to here does not pay
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds; dense_s and select_s per layer and cell, reuse_s per layer and gathered cell, stock: {arm: (t0_s, per layer and cell)}"""
+    """dense_s and select_s are per layer and cell, reuse_s per layer and gathered cell, stock is {arm: (t0_s, per layer and cell)}"""
 
     identity: str  # of the model's weights, as in its profile
     layer_count: int  # layers whose attention spans the whole cache
@@ -102,7 +102,7 @@ def load(path: str, profile: Profile) -> CostModel:
     if not good:
         raise HylraError(f"{path}: not a cost model; measure one with --cost {path} --model MODEL")
     if model.identity != profile.identity or model.layer_count != sum(profile.eligible):
-        raise HylraError(f"{path}: measured with another model than the profile's ({profile.model}); measure again with --model MODEL")
+        raise HylraError(f"{path}: measured with another model than the profile's ({profile.model}); measure with --model MODEL")
     return model
 
 

@@ -49,9 +49,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     layers, text = list_of(count(0)), {"metavar": "LIST"}
     group = parser.add_argument_group("choosing layers")
     group.add_argument("--strategy", choices=tuple(STRATEGIES), help=f"{' '.join(STRATEGIES)} (default hylra)")
-    group.add_argument("--theta", type=number(0, 1, above=True), metavar="T", help="hylra: smallest similarity at which a layer may reuse")
+    group.add_argument("--theta", type=number(0, 1, above=True), metavar="T", help="hylra: smallest similarity of a reuse layer")
     group.add_argument("--count", type=count(1), metavar="N", help="count, bottleneck, random: full and select layers together")
-    group.add_argument("--weights", choices=("importance",), help="hylra, count, bottleneck: lost similarity counts by layer importance")
+    group.add_argument("--weights", choices=("importance",), help="hylra, count, bottleneck: how lost similarity counts")
     group.add_argument("--n", type=count(1), metavar="N", help="every-n: select every N-th layer")
     group.add_argument("--layers", type=layers, **text, help="explicit, tidal: the select layers, such as 2,13")
     group.add_argument("--sources", type=list_of(count(-1)), **text,
@@ -85,7 +85,8 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
                        help="choose the row that loses least recall among those this much faster than stock at the deepest -d")
     group.add_argument("--max-loss", type=number(0, 1), metavar="Y",
                        help="choose the row with fewest dense layers among those with this mean lost recall or less")
-    group.add_argument("-d", "--n-depth", type=list_of(count(1)), metavar="LIST", help="cached tokens to predict for, such as 4096,8192")
+    group.add_argument("-d", "--n-depth", type=list_of(count(1)), metavar="LIST",
+                       help="cached tokens to predict tokens/s for, such as 4096,8192")
     group.add_argument("--cost", metavar="FILE", help="cost model of this machine: read, or written when --model is given too")
     group.add_argument("--model", metavar="MODEL", help="GGUF file to measure the cost model with, some ten seconds")
     group.add_argument("-t", "--threads", type=count(1), metavar="N", help="processor threads of that measurement")

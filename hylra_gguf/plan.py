@@ -148,7 +148,7 @@ def edges_of(sources: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def select_budgets(view: View, plan: Plan, top_k: int, forced: int, bound: float) -> dict[int, int]:
-    """Per select layer the smallest measured top_k at which all its edges keep theta and its reuse layers the sensitivity bound."""
+    """Per select layer the smallest measured top_k at which its edges keep theta and its reuse layers the sensitivity bound."""
     budgets = {layer: top_k for layer in selects_of(plan.sources)}
     for k in sorted((k for k in view.profile.top_k if forced <= k < top_k), reverse=True):
         matrix, calm = view.matrix(k), view.sensitivity(k) <= bound
@@ -178,7 +178,8 @@ def evidence(view: View, plan: Plan, top_k: int, ks: dict[int, int]) -> dict:
     matrix = view.matrix(top_k)
     for layer, k in ks.items():
         matrix[layer] = view.matrix(k)[layer]
-    return {"sensitivity": view.sensitivity(top_k), "overlap": matrix, "summary": summary(plan.sources, matrix, ks, top_k, view.similarity)}
+    return {"sensitivity": view.sensitivity(top_k), "overlap": matrix,
+            "summary": summary(plan.sources, matrix, ks, top_k, view.similarity)}
 
 
 def summary(sources: list[int], matrix: np.ndarray, ks: dict[int, int], top_k: int, similarity: str) -> str:

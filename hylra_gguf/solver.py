@@ -53,8 +53,8 @@ def hylra(problem: Problem, theta: float, budget_s: float = BUDGET_S) -> Plan:
 def count(problem: Problem, n_dense: int, budget_s: float = BUDGET_S) -> Plan:
     """Exactly n_dense full/select layers, then the least weighted loss; any edge is allowed."""
     allowed = problem.edges(-np.inf)
-    fewest, proven = cover(problem, allowed, budget_s)
-    return least_loss(problem, allowed, grow(problem, fewest, n_dense), proven, None, budget_s)
+    fewest, _ = cover(problem, allowed, budget_s)
+    return least_loss(problem, allowed, grow(problem, fewest, n_dense), True, None, budget_s)
 
 
 def bottleneck(problem: Problem, n_dense: int, budget_s: float = BUDGET_S) -> Plan:
@@ -64,9 +64,9 @@ def bottleneck(problem: Problem, n_dense: int, budget_s: float = BUDGET_S) -> Pl
     edge can hide one with the better sum that ties in the end.
     """
     levels = np.unique(problem.similarity[problem.edges(-np.inf)])
-    dense, proven = cover(problem, problem.edges(-np.inf), budget_s)
+    dense, _ = cover(problem, problem.edges(-np.inf), budget_s)
     grow(problem, dense, n_dense)  # refuses an impossible number
-    low, high = 0, len(levels) - 1  # a plan at levels[low] exists
+    low, high, proven = 0, len(levels) - 1, True  # a plan at levels[low] exists
     while low < high:
         middle = (low + high + 1) // 2
         found, sure = cover(problem, problem.edges(levels[middle]), budget_s)
@@ -75,7 +75,8 @@ def bottleneck(problem: Problem, n_dense: int, budget_s: float = BUDGET_S) -> Pl
         else:
             high, proven = middle - 1, proven and sure
     theta = float(levels[low]) if len(levels) else None
-    return least_loss(problem, problem.edges(-np.inf if theta is None else theta), grow(problem, dense, n_dense), proven, theta, budget_s)
+    allowed = problem.edges(-np.inf if theta is None else theta)
+    return least_loss(problem, allowed, grow(problem, dense, n_dense), proven, theta, budget_s)
 
 
 def grow(problem: Problem, dense: np.ndarray, n_dense: int) -> np.ndarray:
@@ -135,8 +136,8 @@ def minimise(cost, constraints, lowest, highest, n_whole: int, budget_s: float) 
     """(the best point found or None, proven): the first n_whole unknowns are whole numbers; constraints are (matrix, low, high)."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # here: only planning needs it, and it takes a while to load
 
-    result = milp(cost, constraints=[LinearConstraint(*one) for one in constraints], bounds=Bounds(lowest.astype(float), highest.astype(float)),
-                  integrality=np.arange(len(cost)) < n_whole, options={"time_limit": budget_s, "mip_rel_gap": 0.0})
+    result = milp(cost, integrality=np.arange(len(cost)) < n_whole, bounds=Bounds(lowest.astype(float), highest.astype(float)),
+                  constraints=[LinearConstraint(*one) for one in constraints], options={"time_limit": budget_s, "mip_rel_gap": 0.0})
     return result.x, result.status == 0
 
 

@@ -69,7 +69,8 @@ def every_n(problem: Problem, n: int | None = None) -> Plan:
 def tidal(problem: Problem, layers: list[int] | None = None) -> Plan:
     """TidalDecode (arXiv 2410.05076): dense up to layer S, which selects, and a second selection in layer C."""
     if layers is None or len(set(layers)) != 2:
-        raise PolicyError(f"--strategy tidal: found --layers {layers}, expected the two layers that select; add for example --layers 2,13")
+        raise PolicyError(f"--strategy tidal: found --layers {layers}, expected the two layers that select; "
+                          "add for example --layers 2,13")
     return explicit(problem, layers)
 
 
@@ -99,7 +100,8 @@ def by_source(problem: Problem, sources: list[int]) -> Plan:
     importers.check_length("--sources", len(sources), problem)
     for layer, source in enumerate(sources):
         if source > layer or (source != NO_SOURCE and sources[source] != source):
-            raise PolicyError(f"--sources: layer {layer} has source {source}, expected -1, {layer} or an earlier layer that is its own source")
+            raise PolicyError(f"--sources: layer {layer} has source {source}, expected -1, {layer} or an earlier layer "
+                              "that is its own source")
         if source == layer:
             importers.check_selects("--sources", layer, problem)
     return Plan(drop_idle([source if source == layer or problem.may_reuse[layer] else NO_SOURCE

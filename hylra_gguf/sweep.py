@@ -16,7 +16,7 @@ from .policy import Policy
 from .profile_data import Profile
 
 DEFAULT_SWEEP = "theta=0.5:0.99:0.01"
-HOW_TO_MEASURE = "no tokens/s without a cost model of this machine: add --model MODEL (some ten seconds), or --cost FILE from an earlier run"
+HOW_TO_MEASURE = "add --model MODEL (some ten seconds), or --cost FILE from an earlier run"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def cmd_sweep(args) -> None:
     profile = Profile.load(args.profile)
     model = cost_model(args, profile)
     depths = sorted(set(args.n_depth or [max(profile.contexts)])) if model else []
-    print(f"cost model: {model.note}" if model else HOW_TO_MEASURE, file=sys.stderr)
+    note = f"cost model: {model.note}" if model else f"no tokens/s without a cost model of this machine; {HOW_TO_MEASURE}"
+    print(note, file=sys.stderr)
     candidates = frontier(profile, thetas, options, model, depths)
     table = FORMATS[args.format or "md"]([candidate.row for candidate in candidates])
     choosing = args.target_speedup is not None or args.max_loss is not None
@@ -50,18 +51,20 @@ def check_flags(args) -> None:
     choosing = [name for name in CHOOSING if getattr(args, name) is not None]
     given = [name for name in SWEEP_FLAGS if getattr(args, name) is not None]
     if args.sweep is None and not choosing:
-        raise PolicyError(f"{'-d' if given[0] == 'n_depth' else flag(given[0])} has no effect without --sweep; add --sweep {DEFAULT_SWEEP}")
+        name = "-d" if given[0] == "n_depth" else flag(given[0])
+        raise PolicyError(f"{name} has no effect without --sweep; add --sweep {DEFAULT_SWEEP}")
     if args.theta is not None or args.strategy not in (None, "hylra"):
         odd = "--theta" if args.theta is not None else f"--strategy {args.strategy}"
-        raise PolicyError(f"{odd} has no effect beside {flag(given[0])}, which goes through thetas of strategy hylra; leave one of them out")
+        raise PolicyError(f"{odd} has no effect beside {flag(given[0])}, which goes through thetas of strategy hylra; "
+                          "leave one of them out")
     if args.output is not None and not choosing:
         raise PolicyError("-o has no policy to write: --sweep prints a table; add --target-speedup or --max-loss to choose from it")
     if args.threads is not None and args.model is None:
         raise PolicyError("--threads has no effect without --model, which it is for")
     measured = args.cost is not None or args.model is not None
     if not measured and (args.n_depth is not None or args.target_speedup is not None):
-        raise PolicyError(f"{'-d' if args.n_depth is not None else '--target-speedup'} needs a cost model of this machine; "
-                          "add --model MODEL (some ten seconds), or --cost FILE from an earlier run")
+        needs = "-d" if args.n_depth is not None else "--target-speedup"
+        raise PolicyError(f"{needs} needs a cost model of this machine; {HOW_TO_MEASURE}")
 
 
 def cost_model(args, profile: Profile) -> cost.CostModel | None:
@@ -81,20 +84,21 @@ def frontier(profile: Profile, thetas: list[float], options: dict, model: cost.C
     candidates = []
     for theta in thetas:
         policy = plan_policy(profile, **{**options, "theta": theta})
-        row = {"theta": theta, **quality(profile, policy, options)}
+        row = {"theta": theta, **quality(profile, policy)}
         candidates.append(Candidate(policy, {**row, **speed(profile, policy, model, depths)} if model else row))
     return candidates
 
 
-def quality(profile: Profile, policy: Policy, options: dict) -> dict:
+def quality(profile: Profile, policy: Policy) -> dict:
     """Layers and recall. `loss` is the mean of 1 - recall over all layers that can take part; full and select layers lose nothing.
 
     Recall is the mean over samples whatever theta is compared with, each edge at its select layer's own budget.
     """
     lists = "layer" if policy.lists == 1 else "head"
     edges = edges_of(policy.layer_source)
-    matrices = {k: profile.matrix("recall", k, policy.block_size, "mean", lists) for k in {policy.top_k, *(policy.layer_top_k or ())} - {0}}
-    recalls = [float(matrices[policy.layer_top_k[source] if policy.layer_top_k else policy.top_k][source, layer]) for source, layer in edges]
+    ks = policy.layer_top_k or (policy.top_k,) * policy.layer_count
+    matrices = {ks[source]: profile.matrix("recall", ks[source], policy.block_size, "mean", lists) for source, _ in edges}
+    recalls = [float(matrices[ks[source]][source, layer]) for source, layer in edges]
     return {
         "dense": sum(profile.eligible) - len(edges),
         "select": policy.layer_map().count("S"),
@@ -123,7 +127,7 @@ def speed(profile: Profile, policy: Policy, model: cost.CostModel, depths: list[
 
 
 def choose(candidates: list[Candidate], depths: list[int], target_speedup: float | None, max_loss: float | None) -> Candidate:
-    """With a speedup the row that loses least among those fast enough (and within max_loss); else the one with fewest dense layers."""
+    """With a speedup the row that loses least among those fast enough (and within max_loss); else that with fewest dense layers."""
     fits = [one for one in candidates if max_loss is None or one.row["loss"] <= max_loss]
     if not fits:
         least = min(one.row["loss"] for one in candidates)

@@ -37,8 +37,8 @@ def test_stock_is_the_faster_arm(depth, expected_s):
     ({}, 500, 0.012 + 5 * 0.5e-6 * 500 + 0.1e-6 * 500 + 3 * 500e-6),
     ({}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 0.1e-6 * 8000 + 3 * 1000e-6),
     ({"top_k_fraction": 0.5}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 0.1e-6 * 8000 + 3 * 4000e-6),
-    ({"layer_source": (0, 0, 2, 2, 2, -1, -1, -1), "layer_mode": (1, 2, 1, 2, 2, 0, 0, 0), "layer_top_k": (500, 0, 1000, 0, 0, 0, 0, 0)},
-     8000, 0.012 + 5 * 0.5e-6 * 8000 + 2 * 0.1e-6 * 8000 + 2500e-6),
+    ({"layer_source": (0, 0, 2, 2, 2, -1, -1, -1), "layer_mode": (1, 2, 1, 2, 2, 0, 0, 0),
+      "layer_top_k": (500, 0, 1000, 0, 0, 0, 0, 0)}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 2 * 0.1e-6 * 8000 + 2500e-6),
 ])
 def test_a_step_under_a_policy(changes, depth, expected_s):
     assert MODEL.policy_s(policy(**changes), ALL, depth) == pytest.approx(expected_s)
@@ -58,7 +58,8 @@ def test_break_even_is_the_crossing():
     assert MODEL.break_even(policy(layer_mode=(0,) * 8, layer_source=(-1,) * 8), ALL) == pytest.approx(0.002 / 4e-6)
 
 
-@pytest.mark.parametrize("changes, expected", [({"t0_s": 0.009, "reuse_s": 0.5e-6}, 0.0), ({"dense_s": 1e-6}, None), ({"t0_s": 9.0}, None)])
+@pytest.mark.parametrize("changes, expected", [
+    ({"t0_s": 0.009, "reuse_s": 0.5e-6}, 0.0), ({"dense_s": 1e-6}, None), ({"t0_s": 9.0}, None)])
 def test_a_policy_that_always_or_never_pays(changes, expected):
     model = CostModel(**{**MODEL.__dict__, **changes})
     assert model.break_even(policy(), ALL) == expected
@@ -89,7 +90,8 @@ def test_beyond_break_even_the_policy_is_faster_and_just_below_it_is_not(slopes,
 def test_the_fit_recovers_the_coefficients(t0_s, dense_s, select_s, reuse_s):
     profile = make_profile(line(8), identity="a" * 32)
     true = CostModel("a" * 32, 8, t0_s, dense_s, select_s, reuse_s, STOCK)
-    points = [(name, one, depth, true.policy_s(one, ALL, depth)) for name, one in cost.probes(profile).items() for depth in cost.DEPTHS_TOKENS]
+    points = [(name, one, depth, true.policy_s(one, ALL, depth))
+              for name, one in cost.probes(profile).items() for depth in cost.DEPTHS_TOKENS]
     points += [(arm, None, depth, a + b * 8 * depth) for arm, (a, b) in STOCK.items() for depth in cost.DEPTHS_TOKENS]
     found = cost.fit_model(points, profile, "here")
     for name in ("t0_s", "dense_s", "select_s", "reuse_s"):
