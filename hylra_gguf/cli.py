@@ -15,16 +15,15 @@ from typing import Any, Callable, Iterator, List, Optional
 from tqdm import tqdm
 
 from .errors import HylraError, ModelFileError, PolicyError
+from .flags import PLAN_FLAGS, add_plan_flags, add_sweep_flags, count, list_of, number, one_of
 from .gguf_header import Progress, check_fits, check_target, data_sha256, model_shape, read_header, strip, write_policy
 from .policy import Policy, require_policy
 
 PROGRAM = "hylra-gguf"
-STRATEGIES = ("hylra", "jump3", "every-n", "explicit")
 KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0")
 ARMS = ("stock-fa1", "stock-fa0", "full", "hylra")
 # flags that only matter when the policy is planned here; none may be given beside --policy
-PLANNING = ("file", "ctx_size", "theta", "top_k", "strategy", "n", "layers", "lists", "sink", "recent", "min_context",
-            "block_size", "similarity", "max_sensitivity")
+PLANNING = ("file", "ctx_size", *PLAN_FLAGS)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -147,18 +146,24 @@ def _add_profile(commands: Any) -> None:
     parser = _command(commands, "profile", _lazy("profile", "cmd_profile"), "measure which layers look at the same tokens")
     _add_model(parser)
     _add_text_flags(parser)
-    parser.add_argument("-ctk", "--cache-type-k", metavar="TYPE", choices=KV_TYPES, help=f"type of the KV cache: {' '.join(KV_TYPES)}")
+    types = [name for name in KV_TYPES if name != "f32"]  # see profile.KV_TYPES
+    parser.add_argument("-ctk", "--cache-type-k", metavar="TYPE", choices=types, help=f"type of the KV cache: {' '.join(types)}")
     _add_threads(parser)
-    parser.add_argument("--samples", type=_count(1), metavar="N", help="query rows to sample")
-    parser.add_argument("-k", "--top-k", type=_list(_count(1)), metavar="LIST", help="top_k values to measure, such as 1024,2048")
-    _add_output(parser, "the profile file", "PROFILE", required=True)
+    parser.add_argument("--samples", type=count(1), metavar="N", help="query rows to sample")
+    parser.add_argument("-k", "--top-k", type=list_of(count(1)), metavar="LIST", help="top_k values to measure, such as 1024,2048")
+    parser.add_argument("--block-sizes", type=list_of(count(1)), metavar="LIST", help="cells chosen together (default 1,16,32,64,128)")
+    parser.add_argument("--sink", type=count(0), metavar="N", help="first tokens, always kept (default 4)")
+    parser.add_argument("--recent", type=count(0), metavar="N", help="latest tokens, always kept (default 256)")
+    parser.add_argument("--policy", metavar="FILE", help="measure instead the recall that its reuse layers really have; -o md|csv|json")
+    _add_output(parser, "the profile file (default: stdout)", "PROFILE")
     _add_no_progress(parser)
 
 
 def _add_plan(commands: Any) -> None:
     parser = _command(commands, "plan", _lazy("plan", "cmd_plan"), "decide from a profile which layers select and which reuse")
     parser.add_argument("profile", metavar="PROFILE", help="file that `profile` has written")
-    _add_plan_flags(parser)
+    add_plan_flags(parser)
+    add_sweep_flags(parser)
     _add_output(parser, "the policy file (default: stdout)", "POLICY")
 
 
@@ -172,7 +177,7 @@ def _add_embed_policy(commands: Any) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
     _add_text_flags(parser)
     _add_threads(parser)
-    _add_plan_flags(parser)
+    add_plan_flags(parser)
     _add_no_progress(parser)
 
 
@@ -202,52 +207,35 @@ def _add_run(commands: Any) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("-f", "--file", metavar="FILE", help="file with the prompt")
-    parser.add_argument("-n", "--n-predict", type=_count(1), metavar="N", default=128, help="tokens to generate (default 128)")
+    parser.add_argument("-n", "--n-predict", type=count(1), metavar="N", default=128, help="tokens to generate (default 128)")
     _add_context(parser)
     _add_threads(parser)
     _add_policy_override(parser)
     parser.add_argument("--no-hylra", action="store_true", help="run dense")
-    parser.add_argument("--temp", type=_number(0, math.inf), metavar="T", default=0.0, help="temperature (default 0)")
-    parser.add_argument("--seed", type=_count(0), metavar="N", help="seed of the sampler")
+    parser.add_argument("--temp", type=number(0, math.inf), metavar="T", default=0.0, help="temperature (default 0)")
+    parser.add_argument("--seed", type=count(0), metavar="N", help="seed of the sampler")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
 
 
 def _add_bench(commands: Any) -> None:
     parser = _command(commands, "bench", _lazy("bench", "cmd_bench"), "measure decode speed at several depths, stock against HyLRA")
     _add_model(parser)
-    parser.add_argument("-d", "--n-depth", type=_list(_count(0)), metavar="LIST", required=True,
+    parser.add_argument("-d", "--n-depth", type=list_of(count(0)), metavar="LIST", required=True,
                         help="cached tokens, such as 0,4096,8192")
-    parser.add_argument("-n", "--n-gen", type=_count(1), metavar="N", default=32, help="tokens to generate per run (default 32)")
-    parser.add_argument("-r", "--repetitions", type=_count(1), metavar="N", default=3, help="runs per depth and arm (default 3)")
+    parser.add_argument("-n", "--n-gen", type=count(1), metavar="N", default=32, help="tokens to generate per run (default 32)")
+    parser.add_argument("-r", "--repetitions", type=count(1), metavar="N", default=3, help="runs per depth and arm (default 3)")
     _add_threads(parser)
     types = dict(metavar="TYPE", choices=KV_TYPES, default="f16", help=f"{' '.join(KV_TYPES)} (default f16)")
     parser.add_argument("-ctk", "--cache-type-k", **types)
     parser.add_argument("-ctv", "--cache-type-v", **types)
     _add_policy_override(parser)
-    parser.add_argument("--arms", type=_list(_one_of(ARMS)), metavar="LIST", default=list(ARMS), help=f"default {','.join(ARMS)}")
+    parser.add_argument("--arms", type=list_of(one_of(ARMS)), metavar="LIST", default=list(ARMS), help=f"default {','.join(ARMS)}")
     _add_format(parser, ("md", "csv", "json"))
     _add_no_progress(parser)
 
 
 def _add_env(commands: Any) -> None:
     _command(commands, "env", _lazy("engine", "cmd_env"), "print what is installed: versions, engine library, processor")
-
-
-def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    """No defaults here: what is not given is decided where the policy is planned."""
-    group = parser.add_argument_group("plan")
-    group.add_argument("--strategy", choices=STRATEGIES, help=f"{' '.join(STRATEGIES)} (default hylra)")
-    group.add_argument("--theta", type=_number(0, 1, above=True), metavar="T", help="smallest similarity at which a layer may reuse")
-    group.add_argument("--top-k", type=_count(1), metavar="K", help="cells kept, sink and recent included")
-    group.add_argument("--n", type=_count(1), metavar="N", help="for every-n: select every N-th layer")
-    group.add_argument("--layers", metavar="LIST", help="for explicit: the select layers, such as 2,13")
-    group.add_argument("--lists", choices=("layer", "head"), help="one list of cells per layer or per KV head")
-    group.add_argument("--sink", type=_count(0), metavar="N", help="first tokens, always kept")
-    group.add_argument("--recent", type=_count(0), metavar="N", help="latest tokens, always kept")
-    group.add_argument("--min-context", type=_count(0), metavar="N", help="cached tokens below which the model runs as stock")
-    group.add_argument("--block-size", type=_count(1), metavar="N", help="1 for single cells, or 16 to 128")
-    group.add_argument("--similarity", choices=("recall", "overlap"), help="what theta is compared with")
-    group.add_argument("--max-sensitivity", type=_number(0, math.inf), metavar="X", help="layers above it never reuse")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -257,19 +245,19 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_text_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--file", nargs="+", action="extend", metavar="TEXT",
                         help="calibration texts (default: text that ships with Python)")
-    _add_context(parser)
+    parser.add_argument("-c", "--ctx-size", type=list_of(count(1)), metavar="LIST", help="context lengths in tokens, such as 4096,8192")
 
 
 def _add_context(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--ctx-size", type=_count(1), metavar="CTX", help="context in tokens")
+    parser.add_argument("-c", "--ctx-size", type=count(1), metavar="CTX", help="context in tokens")
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-t", "--threads", type=_count(1), metavar="N", help="processor threads")
+    parser.add_argument("-t", "--threads", type=count(1), metavar="N", help="processor threads")
 
 
-def _add_output(parser: argparse.ArgumentParser, text: str, name: str, required: bool = False) -> None:
-    parser.add_argument("-o", "--output", metavar=name, required=required, help=text)
+def _add_output(parser: argparse.ArgumentParser, text: str, name: str) -> None:
+    parser.add_argument("-o", "--output", metavar=name, help=text)
 
 
 def _add_format(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
@@ -286,48 +274,6 @@ def _add_policy_override(parser: argparse.ArgumentParser) -> None:
 
 def _add_no_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-
-
-# ---- values of flags
-
-def _count(lowest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = lowest - 1
-        if not lowest <= number < 2**31:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {lowest} to {2**31 - 1}")
-        return number
-
-    return parse
-
-
-def _number(lowest: float, highest: float, above: bool = False) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not lowest <= number <= highest or math.isinf(number) or (above and number == lowest):
-            limits = f"{'above' if above else 'from'} {lowest:g}" + (f" to {highest:g}" if highest < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is no number {limits}")
-        return number
-
-    return parse
-
-
-def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-        return text
-
-    return parse
-
-
-def _list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [item(part) for part in text.split(",")]
 
 
 # ---- the terminal

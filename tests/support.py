@@ -11,11 +11,12 @@ import numpy as np
 VOCAB = 96
 
 
-def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=64, seed=0, context=8192) -> Path:
-    """A llama-architecture GGUF without tokenizer, F32 weights of random value; attention sharp enough to be selective."""
+def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=64, seed=0, context=8192, arch="llama",
+                     norms=("attn_norm", "ffn_norm"), sliding_window=0, tied=False) -> Path:
+    """A GGUF of llama-like tensors without tokenizer, F32 weights of random value; attention sharp enough to be selective."""
     rng = np.random.default_rng(seed)
     n_embd, n_ff = 64, 96
-    w = gguf.GGUFWriter(path, "llama")
+    w = gguf.GGUFWriter(path, arch)
     w.add_name("tiny")
     w.add_context_length(context)
     w.add_embedding_length(n_embd)
@@ -27,17 +28,22 @@ def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=6
     w.add_value_length(n_embd_head)
     w.add_rope_dimension_count(n_embd_head)
     w.add_layer_norm_rms_eps(1e-5)
+    w.add_layer_norm_eps(1e-5)
+    w.add_logit_scale(1.0)
     w.add_vocab_size(VOCAB)
     w.add_tokenizer_model("no_vocab")
+    if sliding_window:
+        w.add_sliding_window(sliding_window)
 
     def tensor(name, *shape, scale=1.0):
         w.add_tensor(name, (rng.standard_normal(shape) * scale / np.sqrt(shape[-1])).astype(np.float32))
 
     tensor("token_embd.weight", VOCAB, n_embd, scale=8.0)
-    tensor("output.weight", VOCAB, n_embd, scale=2.0)
+    if not tied:
+        tensor("output.weight", VOCAB, n_embd, scale=2.0)
     w.add_tensor("output_norm.weight", np.ones(n_embd, np.float32))
     for i in range(n_layer):
-        for norm in ("attn_norm", "ffn_norm"):
+        for norm in norms:
             w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(n_embd, np.float32))
         tensor(f"blk.{i}.attn_q.weight", n_head * n_embd_head, n_embd, scale=2.0)
         tensor(f"blk.{i}.attn_k.weight", n_head_kv * n_embd_head, n_embd, scale=2.0)

@@ -167,8 +167,11 @@ ERRORS = [
     ("embed-policy model.gguf --max-sensitivity inf", "argument --max-sensitivity: 'inf' is no number"),
     ("embed-policy model.gguf --min-context -1", "argument --min-context"),
     ("plan p.json -o q.json --strategy best", "invalid choice: 'best'"),
+    ("plan p.json --strategy explicit --layers a", "argument --layers: 'a' is no whole number"),
+    ("plan p.json --strategy tidal --layers 2,,13", "argument --layers: '' is no whole number"),
+    ("plan p.json --count 0", "argument --count: '0' is no whole number from 1"),
+    ("plan p.json --top-k-fraction 1.1", "argument --top-k-fraction: '1.1' is no number"),
     ("plan p.json -o q.json --similarity cosine", "invalid choice: 'cosine'"),
-    ("profile model.gguf", "-o/--output"),
     ("profile model.gguf -o p -c 0", "argument -c/--ctx-size: '0' is no whole number"),
     ("profile model.gguf -o p -ctk q3_k", "invalid choice: 'q3_k'"),
     ("profile model.gguf -o p -k 1,,2", "argument -k/--top-k: '' is no whole number"),
@@ -208,11 +211,11 @@ def test_help_and_version(capsys):
 
 @pytest.mark.parametrize("line, module, function, expected", [
     ("profile m.gguf -f a b -c 4096 -ctk q8_0 -t 2 --samples 9 -k 512,1024 -o p.json", "profile", "cmd_profile",
-     dict(model="m.gguf", file=["a", "b"], ctx_size=4096, cache_type_k="q8_0", threads=2, samples=9, top_k=[512, 1024], output="p.json",
+     dict(model="m.gguf", file=["a", "b"], ctx_size=[4096], cache_type_k="q8_0", threads=2, samples=9, top_k=[512, 1024], output="p.json",
           no_progress=False)),
     ("plan p.json --theta 0.9 --top-k 1024 --strategy explicit --layers 2,13 --n 3 --sink 4 --recent 128 --min-context 0 "
      "--block-size 32 --similarity overlap --max-sensitivity 0.2 --lists head -o q.json", "plan", "cmd_plan",
-     dict(profile="p.json", theta=0.9, top_k=1024, strategy="explicit", layers="2,13", n=3, sink=4, recent=128, min_context=0,
+     dict(profile="p.json", theta=0.9, top_k=1024, strategy="explicit", layers=[2, 13], n=3, sink=4, recent=128, min_context=0,
           block_size=32, similarity="overlap", max_sensitivity=0.2, lists="head", output="q.json")),
     ("plan p.json", "plan", "cmd_plan", dict(theta=None, top_k=None, strategy=None, lists=None, similarity=None, output=None)),
     ("run m.gguf -p hi -n 5 -c 64 -t 1 --policy p.json --no-hylra --temp 0.5 --seed 3 --chat", "generate", "cmd_run",
@@ -237,7 +240,7 @@ def test_embed_policy_writes_what_was_planned(folder, capsys, monkeypatch):
                         types.SimpleNamespace(plan_for_model=lambda args: seen.append(vars(args)) or POLICY))
     code, out, err = run(capsys, "embed-policy", "model.gguf", "-f", "a", "-c", "64", "--top-k", "7")
     assert (code, err) == (0, "model.gguf: policy written\n") and out == POLICY.describe() + "\n"
-    assert {name: seen[0][name] for name in ("file", "ctx_size", "top_k", "policy")} == dict(file=["a"], ctx_size=64, top_k=7, policy=None)
+    assert {name: seen[0][name] for name in ("file", "ctx_size", "top_k", "policy")} == dict(file=["a"], ctx_size=[64], top_k=7, policy=None)
     assert read_policy(folder / "model.gguf") == POLICY
 
 

@@ -22,6 +22,21 @@ RICH = dict(
     min_context=8192, enabled=False, summary="one", tool="two", calibration="three ü", similarity="recall", theta=0.95,
     sensitivity=(0.25, 0.016, 0.1, 0.2, 0.3, 0.4), overlap=tuple(i / 36 for i in range(36)), measured=MEASURED,
 )
+BUDGETS = dict(PLAIN, layer_top_k=(2048, 0, 0, 512, 0, 0))
+
+
+def test_budgets_per_layer_survive_json_and_gguf_and_are_shown():
+    policy = Policy(**BUDGETS)
+    assert policy.to_gguf()["hylra.layer_top_k"] == ("u32[]", [2048, 0, 0, 512, 0, 0])
+    assert Policy.from_gguf_kv(policy.to_gguf()) == Policy.from_dict(json.loads(policy.to_json())) == policy
+    assert "| 512: 3, 2048: 0 " in policy.describe() and "budgets" not in Policy(**PLAIN).describe()
+
+
+def test_budgets_per_layer_count_in_the_reads_saved():
+    policy = Policy(**BUDGETS)
+    assert policy.reuse_cells(8192) == [2048, 512, 2048]
+    assert policy.reads_saved(8192) == pytest.approx((0.75 + 0.9375 + 0.75) / 6)
+    assert policy.reads_saved(4096) == pytest.approx((0.5 + 0.875 + 0.5) / 6)
 
 
 def test_floats_are_the_ones_that_gguf_stores():
@@ -54,6 +69,13 @@ def test_numpy_values_become_plain_ones():
     (dict(layer_source=(0, 0, -1, 3, -1, 3)), ("layer_source[4] is -1",)),
     (dict(layer_source=(0, 0, -1, 3, 2, 3)), ("layer_source[4] is 2", "no select layer")),
     (dict(layer_source=(0, 0, -1, 3, 1, 3)), ("layer_source[4] is 1", "no select layer")),
+    (dict(layer_top_k=(1, 2)), ("layer_top_k has 2 values", "expected 6")),
+    (dict(layer_top_k=(2048, 300, 0, 300, 0, 0)), ("layer_top_k[1] is 300", "does not select")),
+    (dict(layer_top_k=(2048, 0, 0, 259, 0, 0)), ("layer_top_k[3] is 259", "expected 260")),
+    (dict(layer_top_k=(2048, 0, 0, 0, 0, 0)), ("layer_top_k[3] is 0", "expected 260")),
+    (dict(layer_top_k=(2048, 0, 0, 2049, 0, 0)), ("layer_top_k[3] is 2049", "to 2048 (top_k)")),
+    (dict(layer_top_k=(1024, 0, 0, 512, 0, 0)), ("top_k is 2048, expected 1024",)),
+    (dict(layer_top_k=(2048, 0, 0, 512, 0, 0), top_k_fraction=0.1), ("layer_top_k and top_k_fraction are both set",)),
     (dict(head_kv_count=0), ("head_kv_count is 0",)),
     (dict(lists=3), ("lists is 3", "1 or head_kv_count (2)")),
     (dict(lists=0), ("lists is 0",)),

@@ -1,0 +1,199 @@
+"""The recall that each reuse layer of a policy really has, beside what a dense pass promises: errors of one layer reach the next.
+
+At sampled depths the same few tokens are decoded twice on the same dense cache: once dense, where the source's cells are chosen from
+undisturbed layers, and once with the policy on, where the engine's own nodes show the cells that the layer was given and the query it
+had. Refuses a policy without reuse layers and contexts in which its top_k leaves too few cells out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from . import measure
+from .attention_trace import rows_from_trace
+from .errors import ProfileError
+from .forward import N_UBATCH, Forward, cpu_count
+from .measure import AttentionRows, Budget
+from .policy import REUSE, SELECT, Policy
+from .profile import Options, calibration_tokens, check_options, choose_contexts
+from .profile_data import HIGH_QUANTILE, LOW_QUANTILE
+from .samples import choose_top_ks, plan_samples
+
+STEP_TOKENS = 8  # the most that one sequence may have in a batch that the engine counts as decode
+
+
+@dataclass
+class Recalls:
+    """Of every sampled token: layer -> shares of the layer's attention mass."""
+
+    dense: dict[int, list[float]] = field(default_factory=dict)
+    chain: dict[int, list[float]] = field(default_factory=dict)
+
+
+class Step:
+    """One batch of tokens behind `start` cached ones; the two visitors below see it in turn."""
+
+    def __init__(self, policy: Policy, recalls: Recalls, engine, start: int) -> None:
+        self.policy, self.recalls, self.engine, self.start = policy, recalls, engine, start
+        self.cells: dict[int, list[list[np.ndarray]]] = {}  # dense pass, select layer -> per token and list
+        self.sinks: dict[int, np.ndarray | None] = {}  # the engine's attention node does not know them
+
+    def rows(self, trace) -> AttentionRows:
+        return rows_from_trace(trace, list(range(STEP_TOKENS)), self.start + STEP_TOKENS, self.engine.ffi.buffer)
+
+    def masses(self, rows: AttentionRows) -> list[np.ndarray]:
+        """Per token [n_lists, visible cells], each list's sum 1"""
+        p, _ = measure.probabilities(rows)
+        n_heads = 1 if self.policy.lists == 1 else self.policy.head_kv_count
+        pooled = [measure.pool(p[t, :, :self.start + t + 1], n_heads) for t in range(STEP_TOKENS)]
+        return [one / one.sum(-1, keepdims=True) for one in pooled]
+
+    def list_of(self, layer: int) -> tuple[int, ...]:
+        """The source's list that each list of this layer takes"""
+        if self.policy.lists == 1:
+            return (0,)
+        heads = self.policy.head_kv_count
+        return self.policy.head_map[layer * heads:(layer + 1) * heads] if self.policy.head_map else tuple(range(heads))
+
+    def recall(self, layer: int, masses: list[np.ndarray], cells: list[list[np.ndarray]]) -> list[float]:
+        """Per token the mean over lists of the mass on the cells taken"""
+        return [float(np.mean([own[taken[source]].sum() for own, source in zip(mass, self.list_of(layer))]))
+                for mass, taken in zip(masses, cells)]
+
+
+class DenseVisitor:
+    def __init__(self, step: Step) -> None:
+        self.step, self.seen = step, set()
+
+    def wants(self, _node: int, kind: int, trace) -> bool:
+        """A later node with the same layer number shares that layer's cache and is another layer."""
+        if kind != self.step.engine.TRACE_STOCK or trace.layer in self.seen or not 0 <= trace.layer < self.step.policy.layer_count:
+            return False
+        return self.step.policy.layer_mode[trace.layer] in (SELECT, REUSE)
+
+    def take(self, _node: int, _kind: int, trace) -> None:
+        step, layer = self.step, trace.layer
+        self.seen.add(layer)
+        rows = step.rows(trace)
+        masses, step.sinks[layer] = step.masses(rows), rows.sinks
+        if step.policy.layer_mode[layer] == SELECT:
+            budget = Budget([budget_at(step.policy, trace.n_kv)], step.policy.sink_tokens, step.policy.recent_tokens)
+            step.cells[layer] = [[chosen(scores, budget, step.policy.block_size) for scores in mass] for mass in masses]
+        else:
+            found = step.recall(layer, masses, step.cells[step.policy.layer_source[layer]])
+            step.recalls.dense.setdefault(layer, []).extend(found)
+
+
+class ChainVisitor:
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def wants(self, _node: int, kind: int, trace) -> bool:
+        return kind == self.step.engine.TRACE_ATTEND and bool(trace.cells)
+
+    def take(self, _node: int, _kind: int, trace) -> None:
+        step, layer = self.step, trace.layer
+        rows = replace(step.rows(trace), sinks=step.sinks.get(layer))
+        shape = (trace.n_tokens, trace.lists, trace.n_cells)
+        given = np.frombuffer(step.engine.ffi.buffer(trace.cells, 4 * math.prod(shape)), np.int32).reshape(shape)
+        cells = [[row[(row >= 0) & (row <= step.start + t)] for row in lists] for t, lists in enumerate(given)]
+        step.recalls.chain.setdefault(layer, []).extend(step.recall(layer, step.masses(rows), cells))
+
+
+def budget_at(policy: Policy, n_kv: int) -> int:
+    """As llama_hylra_policy::top_k_at"""
+    return max(policy.top_k, math.ceil((policy.top_k_fraction or 0) * n_kv))
+
+
+def chosen(scores: np.ndarray, budget: Budget, block_size: int) -> np.ndarray:
+    ranking = measure.rank(scores, budget, block_size)
+    return np.concatenate([budget.forced(len(scores)), ranking.cells[:ranking.counts[0]]])
+
+
+# -- the pass ---------------------------------------------------------------------------------------------------------
+
+
+def measure_drift(model_path: str, policy: Policy, texts: list[tuple[str, str]] | None = None,
+                  options: Options = Options()) -> list[dict]:
+    """One row per reuse layer: its source, the recall a dense pass promises and the recall in the chain, over all sampled tokens.
+
+    Raises ProfileError for texts and contexts that do not fit, PolicyError for a policy that does not fit the model.
+    """
+    check_options(options)
+    if REUSE not in policy.layer_mode:
+        raise ProfileError(f"the policy has no reuse layer ({policy.one_line()}), so nothing can drift; plan with a lower --theta")
+    recalls = Recalls()
+    with Forward(model_path) as forward:
+        contexts = choose_contexts(options.contexts, forward.api.llama_model_n_ctx_train(forward.model))
+        top_k, = choose_top_ks(contexts[0], [budget_at(policy, contexts[-1])], policy.sink_tokens + policy.recent_tokens)
+        names, token_lists = calibration_tokens(forward, texts, contexts[-1])
+        samples = plan_samples(len(names), contexts, options.samples, top_k)
+        forward.open_context(contexts[-1], options.type_kv, options.n_threads or cpu_count())
+        run = ChainPass(forward, replace(policy, min_context=0), recalls)
+        forward.engine.set_policy(forward.ctx, run.policy)  # refused here, before minutes of reading
+        run.read_all(token_lists, [[s.position for s in samples if s.text == text] for text in range(len(names))], options.progress)
+    return rows_of(policy, recalls)
+
+
+class ChainPass:
+    def __init__(self, forward: Forward, policy: Policy, recalls: Recalls) -> None:
+        self.forward, self.policy, self.recalls = forward, policy, recalls
+
+    def read_all(self, token_lists: list[list[int]], positions: list[list[int]], progress: bool) -> None:
+        from tqdm import tqdm
+
+        with tqdm(total=sum(map(len, token_lists)), unit="tok", desc="drift", disable=None if progress else True) as bar:
+            for tokens, wanted in zip(token_lists, positions):
+                self.forward.clear()
+                self.forward.engine.set_policy(self.forward.ctx, None)
+                done = 0
+                for start in sorted({min(position, len(tokens) - STEP_TOKENS) for position in wanted}):
+                    self.prefill(tokens, done, start)
+                    bar.update(start - done)
+                    done = start
+                    self.decode_twice(tokens[start:start + STEP_TOKENS], start)
+                bar.update(len(tokens) - done)
+
+    def prefill(self, tokens: list[int], done: int, stop: int) -> None:
+        self.forward.visitor = None
+        for start in range(done, stop, N_UBATCH):
+            self.forward.decode(tokens[start:min(start + N_UBATCH, stop)], start, [])
+
+    def decode_twice(self, tokens: list[int], start: int) -> None:
+        forward, step = self.forward, Step(self.policy, self.recalls, self.forward.engine, start)
+        for policy, visitor in ((None, DenseVisitor(step)), (self.policy, ChainVisitor(step))):
+            forward.engine.set_policy(forward.ctx, policy)
+            forward.visitor = visitor
+            forward.decode(tokens, start, list(range(len(tokens))))
+            forward.forget_from(start)
+        forward.engine.set_policy(forward.ctx, None)
+
+
+def rows_of(policy: Policy, recalls: Recalls) -> list[dict]:
+    rows = []
+    for layer, source in enumerate(policy.layer_source):
+        if policy.layer_mode[layer] != REUSE:
+            continue
+        if layer not in recalls.chain or layer not in recalls.dense:
+            raise ProfileError(f"layer {layer} did not run sparse: the engine left it to llama.cpp; plan on a profile of this model")
+        dense, chain = np.array(recalls.dense[layer]), np.array(recalls.chain[layer])
+        change = chain - dense
+        rows.append({
+            "layer": layer, "source": source, "tokens": len(chain), "planned": rounded(dense.mean()), "in_chain": rounded(chain.mean()),
+            "in_chain_low": rounded(np.quantile(chain, LOW_QUANTILE)), "drift": rounded(change.mean()),
+            "drift_low": rounded(np.quantile(change, LOW_QUANTILE)), "drift_high": rounded(np.quantile(change, HIGH_QUANTILE))})
+    return rows
+
+
+def rounded(value: float) -> float:
+    return round(float(value), 4) + 0.0  # no -0.0
+
+
+def describe(rows: list[dict]) -> str:
+    planned, chain = (sum(row[name] for row in rows) / len(rows) for name in ("planned", "in_chain"))
+    worst = min(rows, key=lambda row: row["drift"])
+    return (f"{len(rows)} reuse layers: recall planned {planned:.3f}, in the chain {chain:.3f}; "
+            f"largest loss {-worst['drift']:.4f} in layer {worst['layer']}")
