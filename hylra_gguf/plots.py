@@ -12,6 +12,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -82,8 +83,9 @@ def heat_map(matrix: List[List[Optional[float]]], title: str, label: str, modes:
     """matrix: [source, layer], blank below the diagonal, where the legend goes."""
     figure, ax = axes(title, 4.6)
     found = values(matrix)
-    image = ax.imshow(found, cmap="viridis", vmin=lowest_of_scale(found), vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=ax, label=label, shrink=0.85, pad=0.02)
+    low, high = scale_of_pairs(found)
+    image = ax.imshow(found, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+    figure.colorbar(image, ax=ax, label=label, shrink=0.85, pad=0.02, extend=beyond(found, low, high))
     mark_plan(ax, modes, sources)
     ax.set(xlabel="layer", ylabel="source layer")
     for axis in (ax.xaxis, ax.yaxis):
@@ -92,11 +94,20 @@ def heat_map(matrix: List[List[Optional[float]]], title: str, label: str, modes:
     return figure
 
 
-def lowest_of_scale(found: np.ndarray) -> float:
-    """A tenth below which hardly any pair of different layers lies: the differences near 1 are what a plan turns on."""
+def scale_of_pairs(found: np.ndarray) -> Tuple[float, float]:
+    """In steps of 0.05, without a few outliers and the diagonal: the differences near the top are what a plan turns on."""
     pairs = found[np.triu_indices(len(found), 1)]
     pairs = pairs[np.isfinite(pairs)]
-    return min(0.9, np.floor(np.quantile(pairs, 0.02) * 10) / 10) if len(pairs) else 0.0
+    if not len(pairs):
+        return 0.0, 1.0
+    high = max(0.05, np.ceil(pairs.max() * 20) / 20)
+    return min(high - 0.05, np.floor(np.quantile(pairs, 0.02) * 20) / 20), high
+
+
+def beyond(found: np.ndarray, low: float, high: float) -> str:
+    """Which end of the colour bar gets an arrow for values past it"""
+    lower, upper = np.nanmin(found, initial=high) < low, np.nanmax(found, initial=low) > high
+    return "both" if lower and upper else "min" if lower else "max" if upper else "neither"
 
 
 def mark_plan(ax: Axes, modes: str, sources: List[int]) -> None:
@@ -138,10 +149,10 @@ def decorate_layers(ax: Axes, modes: str, label: str) -> None:
 
 
 def head_map(by_head: List[List[Optional[float]]], title: str, label: str) -> Figure:
-    """by_head: [layer, KV head]; layers run along x."""
+    """by_head: [layer, KV head]; layers run along x. The scale is a square root, or layer 0 would leave the others all dark."""
     found = values(by_head).T
     figure, ax = axes(title, 1.5 + min(2.4, 0.16 * len(found)))
-    image = ax.imshow(found, cmap="viridis", aspect="auto", vmin=0, interpolation="nearest")
+    image = ax.imshow(found, cmap="viridis", aspect="auto", norm=PowerNorm(0.5, vmin=0), interpolation="nearest")
     figure.colorbar(image, ax=ax, label=label, pad=0.02)
     ax.set(xlabel="layer", ylabel="KV head")
     ax.xaxis.set_major_locator(MaxNLocator(9, integer=True))
@@ -162,6 +173,8 @@ def halves_of_pairs(fit: Numbers, heldout: Numbers, chosen: List[bool], title: s
     ax.scatter(x[used], y[used], 22, COLOURS["S"], edgecolors="white", linewidths=0.4, label="pair in the plan")
     ax.set(xlabel=f"{label}, fit half", ylabel=f"{label}, held-out half")
     ax.set_aspect("equal")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
     ax.legend(loc="upper left")
     return figure
 
@@ -179,19 +192,22 @@ def halves_of_layers(fit: Numbers, heldout: Numbers, title: str, label: str, mod
 
 
 def frontier(theta: List[float], full: List[int], select: List[int], smallest: Numbers, mean: Numbers, chosen: Optional[float]) -> Figure:
-    """Above the layers that stay dense, below the recall of the others; chosen: the plan's own theta"""
+    """Above the layers that stay dense, below the recall of the others; chosen: the plan's own theta. Every theta is as wide as
+    the next, since most happens close to 1."""
     figure = Figure((WIDTH_INCH, 4.6))
     above, below = figure.subplots(2, 1, sharex=True)
     above.set_title("What theta costs and what it keeps", loc="left")
-    above.stackplot(theta, select, full, colors=[COLOURS["S"], COLOURS["F"]], labels=["select", "full"], alpha=0.75)
+    at = np.arange(len(theta))
+    above.bar(at, select, color=COLOURS["S"], label="select")
+    above.bar(at, full, bottom=select, color=COLOURS["F"], label="full")
     above.set_ylabel("layers")
-    above.set_ylim(bottom=0)
     above.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    for name, numbers, colour in (("mean", mean, LINES[0]), ("smallest", smallest, LINES[3])):
-        below.plot(theta, values(numbers), color=colour, marker=".", label=name)
+    for name, numbers, colour in (("mean recall", mean, LINES[0]), ("smallest recall", smallest, LINES[3])):
+        below.plot(at, values(numbers), color=colour, marker=".", label=name)
     below.set(xlabel="theta", ylabel="recall of reuse layers")
-    for ax in (above, below):
-        if chosen is not None:
-            ax.axvline(chosen, color="black", linewidth=1, linestyle=":", label="this plan")
-        ax.legend(loc="upper left")
+    below.set_xticks(at, [f"{value:g}" for value in theta], rotation=90)
+    if chosen is not None and theta[0] <= chosen <= theta[-1]:
+        for ax, label in ((above, "this plan"), (below, None)):
+            ax.axvline(np.interp(chosen, theta, at), color="black", linewidth=1, linestyle=":", label=label)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure

@@ -231,8 +231,8 @@ def figures(plots: Any, data: Data) -> List[Tuple[str, Any]]:
     modes, sources = data["plan"]["layer_map"], data["plan"]["layer_source"]
     found = [("layer-map", plots.layer_map(modes, sources))]
     for name, matrix in data["matrices"].items():
-        title = report_page.MATRIX_TITLES.get(name, name)
-        found.append((name.replace("_", "-"), plots.heat_map(matrix, title, f"{name.replace('_', ' ')} at top_k {data['top_k']}", modes, sources)))
+        label = f"{report_page.column(name)} at top_k {data['top_k']}"
+        found.append((name.replace("_", "-"), plots.heat_map(matrix, report_page.MATRIX_TITLES.get(name, name), label, modes, sources)))
     return found + layer_figures(plots, data, modes) + half_figures(plots, data, modes) + frontier_figure(plots, data)
 
 
@@ -246,8 +246,7 @@ def layer_figures(plots: Any, data: Data, modes: str) -> List[Tuple[str, Any]]:
         band = (by_k[last]["low"], by_k[last]["high"]) if "low" in by_k[last] else None
         found.append((name, plots.layer_lines(curves, band, title, label, modes)))
     for name, by_head in data.get("heads", {}).items():
-        title, label = report_page.LAYER_TITLES[name]
-        found.append((f"{name}-heads", plots.head_map(by_head, f"{title}, each KV head", label)))
+        found.append((f"{name}-heads", plots.head_map(by_head, f"{name.capitalize()} of each KV head", report_page.LAYER_TITLES[name][1])))
     return found
 
 

@@ -79,9 +79,9 @@ def layers(data: Dict[str, Any]) -> Section:
         edge = edges.get(layer, {})
         rows.append([str(layer), MODE_NAMES[mode], str(edge.get("source", "")), str(edge.get("top_k", "")),
                      *(number(edge[name]) if name in edge else "" for name in pairs),
-                     *(number(column[layer]) for column in columns.values())])
+                     *(number(values[layer]) for values in columns.values())])
     note = "recall and overlap of a reuse layer are those with its source, at the source's top_k" if pairs else ""
-    return Section("Layers", note, ["layer", "does", "source", "top_k", *(name.replace("_", " ") for name in pairs), *columns], rows,
+    return Section("Layers", note, ["layer", "does", "source", "top_k", *map(column, pairs), *columns], rows,
                    ["layer-map", *data["layers"]])
 
 
@@ -131,6 +131,10 @@ def matrix(data: Dict[str, Any], name: str) -> Section:
 
 def number(value: Optional[float], digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def column(name: str) -> str:
+    return "overlap, free cells" if name == "overlap_free" else name
 
 
 def correlation(of_name: Dict[str, Any]) -> str:
