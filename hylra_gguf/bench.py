@@ -21,7 +21,7 @@ from pathlib import Path
 from . import __version__, engine
 from .errors import HylraError, ModelFileError
 from .policy import FULL, Policy, read_policy
-from .profile import GGML_TYPES, N_UBATCH, cpu_count
+from .forward import GGML_TYPES, N_UBATCH, cpu_count
 from .texts import calibration_text
 
 DENSE_ARMS = ("stock-fa1", "stock-fa0")
@@ -53,10 +53,11 @@ def make_arms(names: list[str], policy: Policy) -> list[Arm]:
 class Decoder:
     """One context whose cache is filled once and rewound after each timed run."""
 
-    def __init__(self, api, model, path: str, flash_attn: bool, n_ctx: int, args):
+    def __init__(self, api, model, path: str, flash_attn: bool, n_ctx: int, args, n_seq_max: int = 1):
         self.api = api
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_UBATCH, N_UBATCH, 1
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_UBATCH, N_UBATCH, n_seq_max
+        params.kv_unified = True  # sequences share one cache, so that cells can move between them
         params.n_threads = params.n_threads_batch = args.threads or cpu_count()
         params.type_k, params.type_v = GGML_TYPES[args.cache_type_k], GGML_TYPES[args.cache_type_v]
         params.flash_attn_type = int(flash_attn)

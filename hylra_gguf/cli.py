@@ -150,6 +150,9 @@ def _add_profile(commands: Any) -> None:
     _add_threads(parser)
     parser.add_argument("--samples", type=count(1), metavar="N", help="query rows to sample")
     parser.add_argument("-k", "--top-k", type=list_of(count(1)), metavar="LIST", help="top_k values to measure, such as 1024,2048")
+    parser.add_argument("--block-sizes", type=list_of(count(1)), metavar="LIST", help="cells chosen together (default 1,16,32,64,128)")
+    parser.add_argument("--sink", type=count(0), metavar="N", help="first tokens, always kept (default 4)")
+    parser.add_argument("--recent", type=count(0), metavar="N", help="latest tokens, always kept (default 256)")
     _add_output(parser, "the profile file", "PROFILE", required=True)
     _add_no_progress(parser)
 
@@ -249,7 +252,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_text_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--file", nargs="+", action="extend", metavar="TEXT",
                         help="calibration texts (default: text that ships with Python)")
-    _add_context(parser)
+    parser.add_argument("-c", "--ctx-size", type=list_of(count(1)), metavar="LIST", help="context lengths in tokens, such as 4096,8192")
 
 
 def _add_context(parser: argparse.ArgumentParser) -> None:

@@ -1,30 +1,35 @@
-"""What one attention layer looks at, for sampled query rows: probabilities, top-k cells, and what keeping only those cells costs.
+"""What one attention layer looks at, for sampled query rows: probabilities, the cells in order of use, and what leaving cells out costs.
 
 Plain numpy in float32 from the traced inputs. The engine's own attention output is never the reference: with F16 V it may be
-accumulated in FP16, which is off by whole percents at 32K cells. Collector gathers the rows of a pass, with memory of
-samples * layers^2 numbers and one bit per cell, layer and list of the ubatch at hand.
+accumulated in FP16, which is off by whole percents at 32K cells. Cells must be positions, as they are in one appended sequence.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from .errors import ProfileError
+MASS_SHARE = 0.9  # of sparsity
+CHUNK_CELLS = 4096  # cache rows held as float32 at a time
 
-STATISTICS = ("sensitivity", "sensitivity_high", "sensitivity_heads", "overlap", "recall", "recall_low", "head_recall", "head_map")
-LOW_QUANTILE = 0.1
-KV_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 8: "Q8_0", 30: "BF16"}
+
+class Rows(Protocol):
+    """A numpy array, or cache rows that become float32 when indexed"""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """Some query rows of one layer and the cells they may see, all float32."""
+    """Some query rows of one layer and the cells they may see."""
 
-    q: np.ndarray  # [n_rows, n_head, n_embd_k]
-    k: np.ndarray  # [n_kv, n_head_kv, n_embd_k]
-    v: np.ndarray  # [n_kv, n_head_kv, n_embd_v]
+    q: np.ndarray  # [n_rows, n_head, n_embd_k] float32
+    k: Rows  # [n_kv, n_head_kv, n_embd_k]
+    v: Rows  # [n_kv, n_head_kv, n_embd_v]
     mask: np.ndarray | None = None  # [n_rows, n_kv]: -inf hides a cell; otherwise 0, or with ALiBi minus the distance
     sinks: np.ndarray | None = None  # [n_head] logits that join the denominator only
     scale: float = 1.0
@@ -34,8 +39,12 @@ class AttentionRows:
     def visible(self) -> np.ndarray:
         """[n_rows, n_kv] bool"""
         if self.mask is None:
-            return np.ones((len(self.q), len(self.k)), bool)
+            return np.ones((len(self.q), self.k.shape[0]), bool)
         return self.mask != -np.inf
+
+
+def chunks(n_cells: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK_CELLS, n_cells)) for start in range(0, n_cells, CHUNK_CELLS)]
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -80,7 +89,8 @@ def logits(rows: AttentionRows) -> np.ndarray:
     n_rows, n_head, n_embd_k = rows.q.shape
     n_kv, n_head_kv, _ = rows.k.shape
     q = rows.q.reshape(n_rows, n_head_kv, n_head // n_head_kv, n_embd_k).transpose(1, 0, 2, 3).reshape(n_head_kv, -1, n_embd_k)
-    s = wide_product(q, rows.k.transpose(1, 2, 0)) * np.float32(rows.scale)  # [n_head_kv, n_rows * group, n_kv]
+    parts = [wide_product(q, rows.k[chunk].transpose(1, 2, 0)) for chunk in chunks(n_kv)]
+    s = np.concatenate(parts, axis=-1) * np.float32(rows.scale)  # [n_head_kv, n_rows * group, n_kv]
     s = s.reshape(n_head_kv, n_rows, -1, n_kv).transpose(1, 0, 2, 3).reshape(n_rows, n_head, n_kv)
     if rows.softcap:
         s = np.float32(rows.softcap) * np.tanh(s / np.float32(rows.softcap))
@@ -109,208 +119,120 @@ def pool(p: np.ndarray, n_lists: int) -> np.ndarray:
     return p.reshape(n_lists, -1, p.shape[-1]).mean(1)
 
 
-def select_cells(pooled: np.ndarray, visible: np.ndarray, top_k: int, sink: int, recent: int) -> np.ndarray:
-    """Ascending cells [n_lists, min(top_k, visible)]: first and latest visible cells, then the best of the rest.
+@dataclass(frozen=True)
+class Budget:
+    """Which cells are always kept and how many in all; the choice is that of ggml_patch/src/hylra-choose.cpp."""
 
-    Cells must be positions, as they are in one sequence that was only appended to.
+    top_k: list[int]  # ascending, each below the cells that a row sees
+    sink_tokens: int
+    recent_tokens: int
+
+    @property
+    def free(self) -> np.ndarray:
+        """[n_top_k] cells beside the forced ones"""
+        return np.array(self.top_k) - self.sink_tokens - self.recent_tokens
+
+    def forced(self, n_cells: int) -> np.ndarray:
+        return np.concatenate([np.arange(self.sink_tokens), np.arange(n_cells - self.recent_tokens, n_cells)])
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The choice of one list for every top_k at once: each takes the forced cells and a prefix of the same order."""
+
+    cells: np.ndarray  # [largest free budget] int32, best first; beyond the last count any cell
+    counts: np.ndarray  # [n_top_k] cells that each budget takes
+
+
+def rank_cells(scores: np.ndarray, budget: Budget) -> Ranking:
+    """scores [n_cells]"""
+    end, most = len(scores) - budget.recent_tokens, int(budget.free[-1])
+    free = scores[budget.sink_tokens:end]
+    best = np.argpartition(free, len(free) - most)[len(free) - most:] if most else np.zeros(0, int)
+    order = best[np.argsort(-free[best], kind="stable")]
+    return Ranking((order + budget.sink_tokens).astype(np.int32), budget.free)
+
+
+def rank_blocks(scores: np.ndarray, budget: Budget, block_size: int) -> Ranking:
+    """Blocks by their summed score; each budget takes whole ones until the first that does not fit."""
+    first, end = budget.sink_tokens, len(scores) - budget.recent_tokens
+    blocks = np.arange(first // block_size, -(-end // block_size)) * block_size
+    starts, ends = np.maximum(blocks, first), np.minimum(blocks + block_size, end)
+    order = np.argsort(-np.add.reduceat(scores[:end], starts), kind="stable")
+    sizes = (ends - starts)[order]
+    filled = np.concatenate([[0], np.cumsum(sizes)])
+    counts = filled[np.searchsorted(filled, budget.free, side="right") - 1]
+    taken = int(np.searchsorted(filled, counts[-1]))
+    cells = np.repeat(starts[order[:taken]] - filled[:taken], sizes[:taken]) + np.arange(counts[-1])
+    padded = np.zeros(int(budget.free[-1]), np.int32)
+    padded[:len(cells)] = cells
+    return Ranking(padded, counts)
+
+
+def rank(scores: np.ndarray, budget: Budget, block_size: int) -> Ranking:
+    return rank_cells(scores, budget) if block_size == 1 else rank_blocks(scores, budget, block_size)
+
+
+def shared(share: np.ndarray, own: Ranking, cells: np.ndarray, counts: np.ndarray, budget: Budget) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and overlap of a list (its mass share [n_cells], its ranking) on m other lists: cells [m, free], counts [m, n_top_k].
+
+    Both [m, n_top_k], the forced cells included.
     """
-    seen = np.flatnonzero(visible)
-    if len(seen) <= top_k:
-        return np.tile(seen, (len(pooled), 1))
-    score = pooled[:, seen].copy()
-    score[:, :sink] = np.inf
-    score[:, len(seen) - recent:] = np.inf
-    best = np.argpartition(score, len(seen) - top_k, axis=-1)[:, len(seen) - top_k:]
-    return seen[np.sort(best, axis=-1)]
+    mass = np.cumsum(share[cells], axis=1, dtype=np.float64)
+    mass = np.concatenate([np.zeros((len(cells), 1)), mass], axis=1)
+    recall = np.take_along_axis(mass, counts, axis=1) + share[budget.forced(len(share))].sum()
+    place = np.full(len(share), len(own.cells), np.int32)
+    place[own.cells[:own.counts[-1]]] = np.arange(own.counts[-1], dtype=np.int32)
+    place, index = place[cells], np.arange(cells.shape[1])
+    common = [((place < n) & (index < counts[:, [i]])).sum(1) for i, n in enumerate(own.counts)]
+    forced = budget.sink_tokens + budget.recent_tokens
+    return recall, (np.stack(common, axis=1) + forced) / np.array(budget.top_k)
 
 
-def pack_cells(cells: np.ndarray, n_kv: int) -> np.ndarray:
-    """Cells [n_lists, k] as bits [n_lists, ceil(n_kv / 8)]: a list of 2048 of 8192 cells takes 1 KiB."""
-    member = np.zeros((len(cells), n_kv), bool)
-    np.put_along_axis(member, cells, True, axis=-1)
-    return np.packbits(member, axis=-1)
-
-
-def mass_on(bits: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """bits [n, ceil(n_kv / 8)], weights [m, n_kv] -> sum of each weight row over each cell set, [n, m]."""
-    member = np.unpackbits(bits, axis=-1, count=weights.shape[-1])
-    return sum_product(member, weights.T)
+def sparsity(pooled: np.ndarray) -> np.ndarray:
+    """[n_lists, n_cells] -> [n_lists] smallest share of the cells that holds MASS_SHARE of the mass"""
+    mass = np.cumsum(np.sort(pooled, axis=-1)[:, ::-1], axis=-1, dtype=np.float64)
+    return ((mass < MASS_SHARE * mass[:, -1:]).sum(-1) + 1) / pooled.shape[-1]
 
 
 # -- cost of leaving cells out ----------------------------------------------------------------------------------------
 
 
-def dense_output(p: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """p [n_head, n_kv], v [n_kv, n_head_kv, n_embd_v] -> [n_head, n_embd_v]"""
+def dense_output(p: np.ndarray, v: Rows) -> np.ndarray:
+    """p [n_rows, n_head, n_kv], v [n_kv, n_head_kv, n_embd_v] -> [n_rows, n_head, n_embd_v]"""
+    n_rows, n_head, n_kv = p.shape
+    n_head_kv = v.shape[1]
+    grouped = p.reshape(n_rows, n_head_kv, -1, n_kv).transpose(1, 0, 2, 3).reshape(n_head_kv, -1, n_kv)
+    out = sum((sum_product(grouped[..., chunk], v[chunk].transpose(1, 0, 2)) for chunk in chunks(n_kv)), np.float32(0))
+    return out.reshape(n_head_kv, n_rows, -1, out.shape[-1]).transpose(1, 0, 2, 3).reshape(n_rows, n_head, -1)
+
+
+def sparse_outputs(p: np.ndarray, sink_share: np.ndarray, v: Rows, cell_groups: list[np.ndarray]) -> list[np.ndarray]:
+    """[n_head, n_embd_v] after each group of cells [n_lists, m] is added, with the softmax over the cells so far only.
+
+    p [n_head, n_kv]; a trained sink (sink_share [n_head]) keeps its place in the softmax.
+    """
     n_head_kv = v.shape[1]
     grouped = p.reshape(n_head_kv, -1, p.shape[-1])
-    return sum_product(grouped, v.transpose(1, 0, 2)).reshape(len(p), -1)
+    heads = np.arange(n_head_kv)[:, None]
+    outputs, above, below = [], np.float32(0), sink_share.reshape(n_head_kv, -1)
+    for cells in cell_groups:
+        lists = np.broadcast_to(cells, (n_head_kv, cells.shape[1]))
+        kept = np.take_along_axis(grouped, lists[:, None, :], axis=-1)  # [n_head_kv, group, m]
+        above = above + sum_product(kept, v[lists, heads])
+        below = below + kept.sum(-1)
+        outputs.append((above / np.maximum(below, 1e-30)[..., None]).reshape(len(p), -1))
+    return outputs
 
 
-def sparse_output(p: np.ndarray, sink_share: np.ndarray, v: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """As dense_output, with the softmax taken over the cells [n_lists, k] only; a trained sink keeps its place in it."""
-    n_head, n_head_kv = len(p), v.shape[1]
-    lists = np.broadcast_to(cells, (n_head_kv, cells.shape[1]))
-    grouped = p.reshape(n_head_kv, n_head // n_head_kv, -1)
-    kept = np.take_along_axis(grouped, lists[:, None, :], axis=-1)  # [n_head_kv, group, k]
-    kept_v = v[lists, np.arange(n_head_kv)[:, None]]  # [n_head_kv, k, n_embd_v]
-    total = kept.sum(-1) + sink_share.reshape(n_head_kv, -1)
-    out = sum_product(kept, kept_v) / np.maximum(total, 1e-30)[..., None]
-    return out.reshape(n_head, -1)
+def nested_cells(rankings: list[Ranking], forced: np.ndarray) -> list[np.ndarray]:
+    """What each top_k adds to the one before, [n_lists, m] each; of rankings of cells, whose counts are all the same."""
+    cells, counts = np.stack([ranking.cells for ranking in rankings]), rankings[0].counts
+    first = np.concatenate([np.tile(forced, (len(cells), 1)), cells[:, :counts[0]]], axis=1)
+    return [first] + [cells[:, start:stop] for start, stop in zip(counts[:-1], counts[1:])]
 
 
-def rnmse(reference: np.ndarray, other: np.ndarray) -> float:
-    """sqrt(sum |reference - other|^2 / sum |reference|^2)"""
-    energy = float(np.square(reference, dtype=np.float64).sum())
-    return float(np.sqrt(np.square(reference - other, dtype=np.float64).sum() / energy)) if energy else 0.0
-
-
-# -- statistics over samples ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class SampledRow:
-    sample: int  # index among all samples
-    token: int  # index in the ubatch
-    position: int
-
-
-@dataclass
-class Collector:
-    """Takes the layers of a ubatch in order and keeps numbers per sample; cell sets live only as long as their ubatch."""
-
-    layer_count: int
-    head_kv_count: int
-    samples: int
-    top_k: list[int]
-    sink_tokens: int
-    recent_tokens: int
-    sensitivity: dict = field(default_factory=dict)  # (k, lists) -> [samples, n_layer]
-    overlap: dict = field(default_factory=dict)  # k -> [samples, n_layer, n_layer]
-    recall: dict = field(default_factory=dict)  # k -> the same
-    head_sum: dict = field(default_factory=dict)  # k -> [n_layer, n_layer, source head, head], summed over samples
-    seen: np.ndarray | None = None  # [samples, n_layer] measured
-    sets: dict = field(default_factory=dict)  # (k, lists, sample) -> {layer: bits [lists, n_cells / 8]}
-
-    def __post_init__(self) -> None:
-        n, heads = self.layer_count, self.head_kv_count
-        for k in self.top_k:
-            for lists in self.list_counts():
-                self.sensitivity[k, lists] = np.zeros((self.samples, n), np.float32)
-            self.overlap[k] = np.zeros((self.samples, n, n), np.float32)
-            self.recall[k] = np.zeros((self.samples, n, n), np.float32)
-            self.head_sum[k] = np.zeros((n, n, heads, heads), np.float32)
-        self.seen = np.zeros((self.samples, n), bool)
-
-    def list_counts(self) -> list[int]:
-        return sorted({1, self.head_kv_count})
-
-    def begin_ubatch(self) -> None:
-        self.sets.clear()
-
-    def add_layer(self, layer: int, sampled: list[SampledRow], rows: AttentionRows) -> None:
-        """rows holds the sampled tokens in the same order; a layer that does not see the whole past stays unseen."""
-        visible = rows.visible()
-        whole = all(visible[r, :s.position + 1].all() and visible[r].sum() == s.position + 1 for r, s in enumerate(sampled))
-        fresh = 0 <= layer < self.layer_count and not self.seen[[s.sample for s in sampled], layer].any()
-        # not fresh: a layer that shares the K cache of an earlier one, whose own number is not in the trace
-        if not whole or not fresh or rows.k.shape[1] != self.head_kv_count:
-            return
-        p, sink_share = probabilities(rows)
-        for r, row in enumerate(sampled):
-            n_cells = row.position + 1
-            self.add_row(layer, row.sample, p[r, :, :n_cells], sink_share[r], rows.v[:n_cells])
-
-    def add_row(self, layer: int, sample: int, p: np.ndarray, sink_share: np.ndarray, v: np.ndarray) -> None:
-        """p [n_head, n_cells], sink_share [n_head], v [n_cells, n_head_kv, n_embd_v]"""
-        dense = dense_output(p, v)
-        for lists in self.list_counts():
-            pooled = pool(p, lists)
-            for k in self.top_k:
-                cells = select_cells(pooled, np.ones(len(v), bool), k, self.sink_tokens, self.recent_tokens)
-                sparse = sparse_output(p, sink_share, v, cells)
-                self.sensitivity[k, lists][sample, layer] = rnmse(dense, sparse)
-                self.compare(layer, sample, k, lists, pooled, pack_cells(cells, len(v)))
-        self.seen[sample, layer] = True
-
-    def compare(self, layer: int, sample: int, k: int, lists: int, pooled: np.ndarray, bits: np.ndarray) -> None:
-        """Mass of this layer on the cells of each earlier one and its own, per pair of lists."""
-        sets = self.sets.setdefault((k, lists, sample), {})
-        sets[layer] = bits
-        sources = list(sets)
-        share = pooled / pooled.sum(-1, keepdims=True)
-        own = np.unpackbits(bits, axis=-1, count=share.shape[-1])
-        weights = np.concatenate([share, own / np.float32(k)]) if lists == 1 else share
-        mass = mass_on(np.concatenate([sets[i] for i in sources]), weights).reshape(len(sources), lists, -1)
-        if lists == 1:
-            self.recall[k][sample, sources, layer] = mass[:, 0, 0]
-            self.overlap[k][sample, sources, layer] = mass[:, 0, 1]
-        if lists == self.head_kv_count:
-            self.head_sum[k][sources, layer] += mass[:, :, :lists]  # [sources, source head, head]
-
-    def results(self) -> dict:
-        """The measured fields of a Profile."""
-        eligible = self.seen.all(0)
-        pairs = np.outer(eligible, eligible)
-        out: dict[str, dict] = {name: {} for name in STATISTICS}
-        for k in self.top_k:
-            one, heads = self.sensitivity[k, 1], self.sensitivity[k, self.head_kv_count]
-            out["sensitivity"][k] = one.mean(0) * eligible
-            out["sensitivity_high"][k] = np.quantile(one, 1 - LOW_QUANTILE, axis=0) * eligible
-            out["sensitivity_heads"][k] = heads.mean(0) * eligible
-            out["overlap"][k] = self.overlap[k].mean(0) * pairs
-            out["recall"][k] = self.recall[k].mean(0) * pairs
-            out["recall_low"][k] = np.quantile(self.recall[k], LOW_QUANTILE, axis=0) * pairs
-            out["head_recall"][k] = self.head_sum[k].max(2) / self.samples * pairs[..., None]
-            out["head_map"][k] = self.head_sum[k].argmax(2)
-        return {"eligible": eligible.tolist(), **out}
-
-
-# -- the engine's trace -----------------------------------------------------------------------------------------------
-
-
-def rows_from_trace(trace, tokens: list[int], n_cells: int, buffer) -> AttentionRows:
-    """Copy the rows of some tokens of the ubatch and the first n_cells cells out of a `struct hylra_attn`.
-
-    buffer(pointer, size_bytes) gives the host memory behind a pointer.
-    """
-    if trace.n_stream != 1:
-        raise ProfileError(f"layer {trace.layer}: {trace.n_stream} streams in one pass; profile a single sequence")
-    n_cells = min(n_cells, trace.n_kv)
-    q = strided(buffer, trace.q, np.float32, (trace.n_tokens, trace.n_head, trace.n_embd_k), [trace.q_nb[i] for i in (1, 2, 0)])
-    return AttentionRows(
-        q=q[tokens],
-        k=cache_rows(buffer, trace, trace.k, trace.k_nb, trace.type_k, trace.n_embd_k, n_cells),
-        v=cache_rows(buffer, trace, trace.v, trace.v_nb, trace.type_v, trace.n_embd_v, n_cells),
-        mask=mask_rows(buffer, trace, tokens, n_cells),
-        sinks=strided(buffer, trace.sinks, np.float32, (trace.n_head,), [4]).copy() if trace.sinks else None,
-        scale=trace.scale, max_bias=trace.max_bias, softcap=trace.softcap,
-    )
-
-
-def strided(buffer, pointer, dtype, shape: tuple[int, ...], strides_bytes: list[int]) -> np.ndarray:
-    size_bytes = sum((n - 1) * stride for n, stride in zip(shape, strides_bytes)) + np.dtype(dtype).itemsize
-    return np.ndarray(shape, dtype, buffer=buffer(pointer, size_bytes), strides=tuple(strides_bytes))
-
-
-def mask_rows(buffer, trace, tokens: list[int], n_cells: int) -> np.ndarray | None:
-    """[n_rows, n_cells]"""
-    if not trace.mask:
-        return None
-    strides_bytes = [trace.mask_nb[1], trace.mask_nb[0]]
-    return strided(buffer, trace.mask, np.float16, (trace.n_tokens, n_cells), strides_bytes)[tokens].astype(np.float32)
-
-
-def cache_rows(buffer, trace, pointer, nb, ggml_type: int, n_embd: int, n_cells: int) -> np.ndarray:
-    """[n_cells, n_head_kv, n_embd] of a K or V cache view, as float32"""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    if ggml_type not in KV_TYPES:
-        names = " ".join(sorted(KV_TYPES.values()))
-        raise ProfileError(f"layer {trace.layer}: KV cache type {ggml_type} is not supported; use one of {names} (-ctk)")
-    kind = GGMLQuantizationType[KV_TYPES[ggml_type]]
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    shape = (n_cells, trace.n_head_kv, n_embd // block * block_bytes)
-    raw = strided(buffer, pointer, np.uint8, shape, [nb[1], nb[2], 1])
-    return dequantize(np.ascontiguousarray(raw), kind).reshape(n_cells, trace.n_head_kv, n_embd)
+def rnmse(reference: np.ndarray, other: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
+    """sqrt(sum |reference - other|^2 / sum |reference|^2) over axis (default all)"""
+    energy = np.square(reference, dtype=np.float64).sum(axis)
+    return np.sqrt(np.square(reference - other, dtype=np.float64).sum(axis) / np.where(energy > 0, energy, np.inf))

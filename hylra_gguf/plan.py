@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 
@@ -141,7 +142,7 @@ def selects_of(sources: list[int]) -> list[int]:
     return [layer for layer, source in enumerate(sources) if source == layer]
 
 
-def edges_of(sources: list[int]) -> list[tuple[int, int]]:
+def edges_of(sources: Sequence[int]) -> list[tuple[int, int]]:
     """(source, reuse layer) of each reuse layer"""
     return [(source, layer) for layer, source in enumerate(sources) if source not in (NO_SOURCE, layer)]
 

@@ -212,7 +212,7 @@ def test_help_and_version(capsys):
 
 @pytest.mark.parametrize("line, module, function, expected", [
     ("profile m.gguf -f a b -c 4096 -ctk q8_0 -t 2 --samples 9 -k 512,1024 -o p.json", "profile", "cmd_profile",
-     dict(model="m.gguf", file=["a", "b"], ctx_size=4096, cache_type_k="q8_0", threads=2, samples=9, top_k=[512, 1024], output="p.json",
+     dict(model="m.gguf", file=["a", "b"], ctx_size=[4096], cache_type_k="q8_0", threads=2, samples=9, top_k=[512, 1024], output="p.json",
           no_progress=False)),
     ("plan p.json --theta 0.9 --top-k 1024 --strategy explicit --layers 2,13 --n 3 --sink 4 --recent 128 --min-context 0 "
      "--block-size 32 --similarity overlap --max-sensitivity 0.2 --lists head -o q.json", "plan", "cmd_plan",
@@ -241,7 +241,7 @@ def test_embed_policy_writes_what_was_planned(folder, capsys, monkeypatch):
                         types.SimpleNamespace(plan_for_model=lambda args: seen.append(vars(args)) or POLICY))
     code, out, err = run(capsys, "embed-policy", "model.gguf", "-f", "a", "-c", "64", "--top-k", "7")
     assert (code, err) == (0, "model.gguf: policy written\n") and out == POLICY.describe() + "\n"
-    assert {name: seen[0][name] for name in ("file", "ctx_size", "top_k", "policy")} == dict(file=["a"], ctx_size=64, top_k=7, policy=None)
+    assert {name: seen[0][name] for name in ("file", "ctx_size", "top_k", "policy")} == dict(file=["a"], ctx_size=[64], top_k=7, policy=None)
     assert read_policy(folder / "model.gguf") == POLICY
 
 

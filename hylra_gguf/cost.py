@@ -1,0 +1,217 @@
+"""How long a decode step takes, from a short measurement of this machine with this model: enough to compare policies, not a benchmark.
+
+Step time = t0 + dense * (full and select layers x cells) + select * (select layers x cells) + reuse * (gathered cells of all reuse
+layers); stock likewise, per arm. One sequence, one list of cells per layer, F16 KV. A file for another model is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Dict, Sequence
+
+import numpy as np
+
+from .errors import HylraError, plain_os_errors
+from .files import replacing
+from .policy import FULL, REUSE, SELECT, Policy
+from .profile_data import Profile
+
+DEPTHS_TOKENS = (2048, 8192)  # apart enough for a slope, deep enough that the cache does not fit into the processor's
+TOP_K = 1024
+SEED_TOKENS = 256  # tokens that are really read; the rest of the cache are copies
+ROUNDS, STEPS = 3, 3
+DEEPEST_TOKENS = 1 << 20  # what does not pay up to here does not pay
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds; dense_s and select_s per layer and cell, reuse_s per layer and gathered cell, stock: {arm: (t0_s, per layer and cell)}"""
+
+    identity: str  # of the model's weights, as in its profile
+    layer_count: int  # layers whose attention spans the whole cache
+    t0_s: float
+    dense_s: float
+    select_s: float
+    reuse_s: float
+    stock: Dict[str, tuple[float, float]]
+    note: str = ""  # machine, threads, error of the fit
+
+    def stock_s(self, depth: float) -> float:
+        """The faster stock arm at this depth"""
+        return min(t0_s + cell_s * self.layer_count * depth for t0_s, cell_s in self.stock.values())
+
+    def policy_s(self, policy: Policy, eligible: Sequence[bool], depth: float) -> float:
+        """A sparse step, min_context left aside. Layers that are not eligible do not depend on the depth: they are in t0."""
+        modes = [mode for mode, can in zip(policy.layer_mode, eligible) if can]
+        gathered = sum(min(cells, depth) for cells in policy.reuse_cells(depth))
+        return (self.t0_s + self.dense_s * (modes.count(FULL) + modes.count(SELECT)) * depth
+                + self.select_s * modes.count(SELECT) * depth + self.reuse_s * gathered)
+
+    def break_even(self, policy: Policy, eligible: Sequence[bool]) -> float | None:
+        """Depth from which on the policy is faster than stock; None if it is not by DEEPEST_TOKENS.
+
+        Both step times are linear between kinks, so the last crossing lies exactly on one straight piece.
+        """
+        def gain_s(depth: float) -> float:
+            return self.stock_s(depth) - self.policy_s(policy, eligible, depth)
+
+        kinks = sorted({0.0, *self.stock_kinks(), *policy_kinks(policy), float(DEEPEST_TOKENS)})
+        gains = [gain_s(depth) for depth in kinks]
+        if gains[-1] <= 0:
+            return None
+        losing = [at for at, gain in enumerate(gains) if gain <= 0]
+        if not losing:
+            return 0.0
+        at = losing[-1]
+        return kinks[at] + (kinks[at + 1] - kinks[at]) * -gains[at] / (gains[at + 1] - gains[at])
+
+    def stock_kinks(self) -> list[float]:
+        """Where the faster stock arm changes"""
+        arms = list(self.stock.values())
+        crossings = [(b[0] - a[0]) / ((a[1] - b[1]) * self.layer_count) for a in arms for b in arms if a[1] > b[1]]
+        return [depth for depth in crossings if 0 < depth < DEEPEST_TOKENS]
+
+    def save(self, path: str) -> None:
+        with plain_os_errors(path), replacing(path) as fd, open(fd, "w", encoding="utf-8", closefd=False) as file:
+            file.write(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def policy_kinks(policy: Policy) -> list[float]:
+    """Where the cells of reuse layers stop to grow with the depth, and where a share of the cells takes over from top_k"""
+    kinks = [float(cells) for cells in policy.reuse_cells(0)]
+    if policy.top_k_fraction:
+        kinks.append(policy.top_k / policy.top_k_fraction)
+    return [depth for depth in kinks if depth < DEEPEST_TOKENS]
+
+
+def load(path: str, profile: Profile) -> CostModel:
+    """Raises HylraError for a file that is no cost model, or one of another model than the profile's."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        model = CostModel(**{**values, "stock": {str(arm): (float(a), float(b)) for arm, (a, b) in values["stock"].items()}})
+        numbers = [model.t0_s, model.dense_s, model.select_s, model.reuse_s, *(x for pair in model.stock.values() for x in pair)]
+        good = model.stock and all(type(number) in (int, float) and number >= 0 for number in numbers)
+    except OSError as error:
+        raise HylraError(f"{path}: cannot read the cost model: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        good = False
+    if not good:
+        raise HylraError(f"{path}: not a cost model; measure one with --cost {path} --model MODEL")
+    if model.identity != profile.identity:
+        raise HylraError(f"{path}: measured with another model than the profile's ({profile.model}); measure again with --model MODEL")
+    return model
+
+
+# -- fit --------------------------------------------------------------------------------------------------------------
+
+
+def fit(rows: Sequence[Sequence[float]], times_s: Sequence[float]) -> np.ndarray:
+    """Coefficients of 0 or more with the least squared relative error; rows are what each coefficient is multiplied by."""
+    from scipy.optimize import nnls
+
+    matrix, times = np.array(rows, float), np.array(times_s, float)
+    scale = np.maximum(np.abs(matrix).max(0), 1)  # columns from 1 to 1e5 would upset the stopping rule
+    return nnls(matrix / scale / times[:, None], np.ones(len(times)))[0] / scale
+
+
+def work_of(policy: Policy, eligible: Sequence[bool], depth: int) -> list[float]:
+    """What t0, dense, select and reuse are multiplied by in a step"""
+    selects = policy.layer_mode.count(SELECT)
+    dense = sum(eligible) - policy.layer_mode.count(REUSE)
+    return [1, dense * depth, selects * depth, sum(min(cells, depth) for cells in policy.reuse_cells(depth))]
+
+
+def fit_model(points: list[tuple[str, Policy | None, int, float]], profile: Profile, note: str) -> CostModel:
+    """points: (arm, its policy or None for stock, depth, seconds per step)"""
+    layers = sum(profile.eligible)
+    ours = [(work_of(policy, profile.eligible, depth), time_s) for _, policy, depth, time_s in points if policy is not None]
+    coefficients = fit(*zip(*ours))
+    stock = {}
+    for arm in dict.fromkeys(arm for arm, policy, *_ in points if policy is None):
+        mine = [([1, layers * depth], time_s) for name, _, depth, time_s in points if name == arm]
+        stock[arm] = tuple(fit(*zip(*mine)).tolist())
+    error = max(abs(np.dot(work, coefficients) / time_s - 1) for work, time_s in ours)
+    return CostModel(profile.identity, layers, *coefficients.tolist(), stock, f"{note}; fit within {100 * error:.0f} %")
+
+
+# -- measurement ------------------------------------------------------------------------------------------------------
+
+
+def probes(profile: Profile) -> dict[str, Policy]:
+    """Policies whose step times tell the coefficients apart: all full, one select layer, every other layer selects"""
+    able = [layer for layer, can in enumerate(profile.eligible) if can]
+    full = Policy((FULL,) * profile.layer_count, (-1,) * profile.layer_count, profile.head_kv_count, top_k=TOP_K, min_context=0)
+    return {"full": full, "one select": with_selects(full, able, able[:1]), "half select": with_selects(full, able, able[::2])}
+
+
+def with_selects(full: Policy, able: list[int], selects: list[int]) -> Policy:
+    modes, sources = list(full.layer_mode), list(full.layer_source)
+    for layer in able:
+        modes[layer] = SELECT if layer in selects else REUSE
+        sources[layer] = max(one for one in selects if one <= layer)
+    return replace(full, layer_mode=modes, layer_source=sources)
+
+
+def measure(model_path: str, profile: Profile, threads: int | None, report=lambda line: None) -> CostModel:
+    """Some ten seconds for a small model: five arms at DEPTHS_TOKENS, on a cache that is mostly copies of a few hundred tokens.
+
+    Raises ProfileError if the model is not the one of the profile.
+    """
+    from . import bench, engine
+
+    profile.check_model(model_path)
+    args = SimpleNamespace(threads=threads, cache_type_k="f16", cache_type_v="f16")
+    model = bench.Model(engine.activate(), model_path)
+    tokens = model.tokens(SEED_TOKENS)
+    stock = [bench.Arm("stock-fa1", True, None), bench.Arm("stock-fa0", False, None)]
+    arms = stock + [bench.Arm(name, True, policy) for name, policy in probes(profile).items()]
+    decoders = {on: bench.Decoder(model.api, model.handle, model_path, on, DEPTHS_TOKENS[-1] + SEED_TOKENS, args, n_seq_max=2)
+                for on in (True, False)}
+    seeds = {on: read_seed(decoder, tokens) for on, decoder in decoders.items()}
+    points = []
+    for depth in DEPTHS_TOKENS:
+        for on, decoder in decoders.items():
+            engine.set_policy(decoder.ctx, None)
+            fill(decoder, seeds[on], tokens, depth)
+        report(f"cost: timing {len(arms)} arms at {depth} tokens")
+        points += [(arm.name, arm.policy, depth, seconds) for arm, seconds in timed(arms, decoders, tokens[:STEPS + 1])]
+    note = f"{Path(model_path).name}, {bench.cpu_info()}, {bench.facts_of_machine(args)['n_threads']} threads"
+    return fit_model(points, profile, note)
+
+
+def timed(arms: list, decoders: Dict[bool, Any], tokens: list[int]) -> list[tuple[Any, float]]:
+    """(arm, seconds per step): the arms take turns, and the fastest round counts, since other programs only slow a step down."""
+    rounds = [[decoders[arm.flash_attn].timed_ns(arm, tokens) for arm in arms] for _ in range(ROUNDS)]
+    return [(arm, min(times) / 1e9 / (len(tokens) - 1)) for arm, times in zip(arms, zip(*rounds))]
+
+
+def read_seed(decoder, tokens: list[int]):
+    """Reads the tokens and returns the cells of sequence 0, None for a cache that cannot shift the positions of copies."""
+    import ctypes
+
+    decoder.fill(tokens, len(tokens))
+    if not decoder.api.llama_memory_can_shift(decoder.api.llama_get_memory(decoder.ctx)):
+        return None
+    size_bytes = decoder.api.llama_state_seq_get_size(decoder.ctx, 0)
+    seed = (ctypes.c_uint8 * size_bytes)()
+    decoder.api.llama_state_seq_get_data(decoder.ctx, seed, size_bytes, 0)
+    return seed
+
+
+def fill(decoder, seed, tokens: list[int], depth: int) -> None:
+    """Fills sequence 0 up to depth with copies of its first cells, moved on: step times depend on how many cells there are, not on
+    what they hold. Without a seed the tokens are read again and again, which takes its time."""
+    if seed is None:
+        return decoder.fill((tokens * (depth // len(tokens) + 1))[:depth], depth)
+    api, memory = decoder.api, decoder.api.llama_get_memory(decoder.ctx)
+    while decoder.n_filled < depth:
+        if not api.llama_state_seq_set_data(decoder.ctx, seed, len(seed), 1):
+            raise HylraError("cost: llama.cpp does not restore the state of a sequence of this model; plan without --model")
+        api.llama_memory_seq_add(memory, 1, -1, -1, decoder.n_filled)
+        api.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+        api.llama_memory_seq_rm(memory, 1, -1, -1)
+        decoder.n_filled += len(tokens)
+    return None
