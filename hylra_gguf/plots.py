@@ -60,7 +60,7 @@ def layer_map(modes: str, sources: List[int]) -> Figure:
     """modes: a letter F, S or R per layer. Below the strip of all layers one row per select layer with those it feeds."""
     selects = [layer for layer, mode in enumerate(modes) if mode == "S"]
     figure, ax = axes("What each layer does, and whose cells it takes", 1.15 + 0.19 * (len(selects) + 1))
-    size = min(60.0, (WIDTH_INCH * 56 / len(modes)) ** 2)  # points squared, so that neighbours just do not touch
+    size = min(60.0, (WIDTH_INCH * 52 / len(modes)) ** 2)  # points squared, so that neighbours just do not touch
     for mode, name in NAMES.items():
         found = [layer for layer, letter in enumerate(modes) if letter == mode]
         ax.scatter(found, [0] * len(found), size, COLOURS[mode], marker="s", label=f"{name} ({len(found)})")
@@ -127,8 +127,8 @@ def layer_lines(curves: Dict[str, Numbers], band: Optional[Tuple[Numbers, Number
     """band: (0.1 quantile, 0.9 quantile) of the last curve, if they are known"""
     figure, ax = axes(title, 2.9)
     layers = np.arange(len(modes))
-    for (name, numbers), colour in zip(curves.items(), LINES[: len(curves)][::-1]):
-        ax.plot(layers, values(numbers), color=colour, marker=".", linewidth=1.3, label=name)
+    for before_last, (name, numbers) in zip(range(len(curves))[::-1], curves.items()):
+        ax.plot(layers, values(numbers), color=LINES[before_last % len(LINES)], marker=".", linewidth=1.3, label=name)
     if band:
         ax.fill_between(layers, values(band[0]), values(band[1]), color=LINES[0], alpha=0.18, linewidth=0, label="0.1 to 0.9 of samples")
     decorate_layers(ax, modes, label)

@@ -14,10 +14,10 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from . import report_page, solver
+from . import report_page, sweep
 from .errors import HylraError, PolicyError, plain_os_errors
 from .files import replacing
-from .plan import DEFAULT_MAX_SENSITIVITY, View, edges_of, make_problem, plan_policy
+from .plan import View, edges_of, plan_policy
 from .policy import MODE_LETTERS, Policy
 from .profile_data import HALVES, Profile
 
@@ -68,7 +68,7 @@ def kind_of(path: str) -> str:
 
 
 def from_policy(policy: Policy, path: str, kind: str) -> Data:
-    similarity = policy.similarity or "similarity"
+    similarity = known_similarity(policy)
     matrix = None if policy.overlap is None else blank(np.reshape(policy.overlap, (policy.layer_count,) * 2))
     absent = [name for name, value in ((f"{similarity} of layer pairs", matrix), ("sensitivity", policy.sensitivity)) if value is None]
     edges = [{"layer": layer, "source": source, "top_k": top_k_of(policy, source), **({similarity: matrix[source][layer]} if matrix else {})}
@@ -80,6 +80,11 @@ def from_policy(policy: Policy, path: str, kind: str) -> Data:
         "layers": {} if policy.sensitivity is None else {"sensitivity": {str(policy.top_k): {"mean": numbers(policy.sensitivity)}}},
         "left_out": absent + list(ONLY_IN_PROFILE),
     }
+
+
+def known_similarity(policy: Policy) -> str:
+    """A foreign policy may hold any text there, but this one becomes the name of a picture."""
+    return policy.similarity if policy.similarity in ("recall", "overlap") else "similarity"
 
 
 def about_policy(policy: Policy) -> Dict[str, str]:
@@ -106,7 +111,7 @@ def from_profile(profile: Profile, path: str, given: Optional[Policy] = None, gi
     """given: the policy to mark; without one the default plan is marked."""
     policy = plan_policy(profile) if given is None else given
     policy.validate(profile.layer_count, profile.head_kv_count)
-    lists, similarity = "layer" if policy.lists == 1 else "head", policy.similarity or "recall"
+    lists, similarity = "layer" if policy.lists == 1 else "head", "overlap" if policy.similarity == "overlap" else "recall"
     view = View(profile, lists, similarity, "mean", policy.block_size)
     matrices = {name: profile.matrix(name, policy.top_k, policy.block_size, lists=lists) for name in MATRICES}
     importance = {} if unknown(profile, "importance") else {"importance": layer_numbers(profile, "importance")}
@@ -118,9 +123,9 @@ def from_profile(profile: Profile, path: str, given: Optional[Policy] = None, gi
         "matrices": {name: blank(matrix, profile.eligible) for name, matrix in matrices.items()},
         "layers": {"sensitivity": {str(k): layer_numbers(profile, "sensitivity", k, lists) for k in sorted(profile.top_k)},
                    "sparsity": layer_numbers(profile, "sparsity", lists=lists), **importance},
-        "heads": {"sensitivity": numbers(profile.layer_heads("sensitivity", policy.top_k)), "sparsity": numbers(profile.layer_heads("sparsity"))},
+        "heads": {"sensitivity": head_numbers(profile, "sensitivity", policy.top_k), "sparsity": head_numbers(profile, "sparsity")},
         "halves": halves(view, policy) if profile.heldout_samples else {},
-        "frontier": frontier(view, policy.top_k),
+        "frontier": frontier(view, policy),
         "left_out": [name for name, gone in (("importance", not importance), ("held-out against fit", not profile.heldout_samples)) if gone],
     }
 
@@ -140,11 +145,17 @@ def unknown(profile: Profile, name: str) -> bool:
 
 
 def layer_numbers(profile: Profile, name: str, top_k: Optional[int] = None, lists: str = "layer") -> Data:
-    """"mean", the quantiles "low" and "high", and the means "fit" and "heldout" where samples were held out"""
+    """"mean", the quantiles "low" and "high", and the means "fit" and "heldout" where samples were held out; None where a layer
+    takes no part"""
     found = {statistic: profile.layer(name, top_k, statistic, lists) for statistic in ("mean", "low", "high")}
     if profile.heldout_samples:
         found.update({half: profile.layer(name, top_k, lists=lists, split=half) for half in HALVES})
-    return {statistic: numbers(array) for statistic, array in found.items()}
+    return {statistic: numbers(np.where(profile.eligible, array, np.nan)) for statistic, array in found.items()}
+
+
+def head_numbers(profile: Profile, name: str, top_k: Optional[int] = None) -> List[List[Optional[float]]]:
+    """[layer, KV head], as `layer_numbers`"""
+    return numbers(np.where(np.array(profile.eligible)[:, None], profile.layer_heads(name, top_k), np.nan))
 
 
 def profile_edges(view: View, policy: Policy) -> List[dict]:
@@ -178,18 +189,11 @@ def compared(fit: np.ndarray, heldout: np.ndarray) -> Data:
             "mean_difference": numbers(gap.mean()) if len(gap) else None, "largest_difference": numbers(gap.max()) if len(gap) else None}
 
 
-def frontier(view: View, top_k: int) -> List[dict]:
-    """One solved plan per theta, under the sensitivity bound that `plan` has by default"""
-    problem, recall = make_problem(view, top_k, DEFAULT_MAX_SENSITIVITY, None), view.profile.matrix("recall", top_k, view.block_size, lists=view.lists)
-    rows = []
-    for theta in THETAS:
-        sources = solver.hylra(problem, theta).sources
-        edges = edges_of(sources)
-        values = [float(recall[edge]) for edge in edges]
-        selects = sum(source == layer for layer, source in enumerate(sources))
-        rows.append({"theta": theta, "full": len(sources) - len(edges) - selects, "select": selects, "reuse": len(edges),
-                     "smallest_recall": numbers(min(values)) if values else None, "mean_recall": numbers(np.mean(values)) if values else None})
-    return rows
+def frontier(view: View, policy: Policy) -> List[dict]:
+    """The rows of `plan --sweep` for the marked plan's own budget and lists, without speeds"""
+    options = {"top_k": policy.top_k, "lists": view.lists, "similarity": view.similarity, "block_size": view.block_size,
+               "sink": policy.sink_tokens, "recent": policy.recent_tokens}
+    return [candidate.row for candidate in sweep.frontier(view.profile, list(THETAS), options, None, [])]
 
 
 # -- plain numbers ----------------------------------------------------------------------------------------------------
@@ -272,8 +276,9 @@ def frontier_figure(plots: Any, data: Data) -> List[Tuple[str, Any]]:
     rows = data.get("frontier")
     if not rows:
         return []
-    columns = ("theta", "full", "select", "smallest_recall", "mean_recall")
-    return [("frontier", plots.frontier(*([row[column] for row in rows] for column in columns), data["plan"]["theta"]))]
+    theta, dense, select, smallest, mean = ([row[name] for row in rows] for name in ("theta", "dense", "select", "min_recall", "mean_recall"))
+    full = [both - selecting for both, selecting in zip(dense, select)]
+    return [("frontier", plots.frontier(theta, full, select, smallest, mean, data["plan"]["theta"]))]
 
 
 # -- command ----------------------------------------------------------------------------------------------------------

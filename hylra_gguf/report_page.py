@@ -96,10 +96,10 @@ def layer_columns(data: Dict[str, Any]) -> Dict[str, List[Optional[float]]]:
 
 
 def frontier(data: Dict[str, Any]) -> Section:
-    rows = [[f"{row['theta']:g}", *(str(row[name]) for name in ("full", "select", "reuse")), number(row["smallest_recall"]), number(row["mean_recall"])]
-            for row in data["frontier"]]
-    return Section("Frontier", f"the plan of each theta on {data['similarity']} at top_k {data['top_k']}, with plan's default sensitivity bound",
-                   ["theta", "full", "select", "reuse", "smallest recall", "mean recall"], rows, ["frontier"])
+    rows = [[f"{row['theta']:g}", str(row["dense"] - row["select"]), str(row["select"]), str(row["reuse"]), number(row["min_recall"]),
+             number(row["mean_recall"])] for row in data["frontier"]]
+    note = f"the plan of each theta on {data['similarity']} at top_k {data['top_k']}; layers that cannot take part are not counted"
+    return Section("Frontier", note, ["theta", "full", "select", "reuse", "smallest recall", "mean recall"], rows, ["frontier"])
 
 
 def halves(data: Dict[str, Any]) -> Section:
