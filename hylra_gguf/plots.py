@@ -117,13 +117,15 @@ def mark_plan(ax: Axes, modes: str, sources: List[int]) -> None:
     edges = [(layer, source) for layer, source in enumerate(sources) if modes[layer] == "R"]
     ax.scatter(selects, selects, size * 1.6, COLOURS["S"], marker="s", edgecolors="white", linewidths=0.5, label="select layer")
     ax.scatter(full, full, size * 1.6, COLOURS["F"], marker="s", edgecolors="white", linewidths=0.5, label="full layer")
-    ax.scatter(*zip(*edges) if edges else ((), ()), size * 0.8, "white", edgecolors="black", linewidths=0.7, label="reuse: layer takes from source")
+    ax.scatter(*np.reshape(edges, (-1, 2)).T, size * 0.8, "white", edgecolors="black", linewidths=0.7,
+               label="reuse: layer takes from source")
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def layer_lines(curves: Dict[str, Numbers], band: Optional[Tuple[Numbers, Numbers]], title: str, label: str, modes: str) -> Figure:
+def layer_lines(curves: Dict[str, Numbers], band: Optional[Tuple[Numbers, Numbers]], title: str, label: str,
+                modes: str) -> Figure:
     """band: (0.1 quantile, 0.9 quantile) of the last curve, if they are known"""
     figure, ax = axes(title, 2.9)
     layers = np.arange(len(modes))
@@ -191,7 +193,8 @@ def halves_of_layers(fit: Numbers, heldout: Numbers, title: str, label: str, mod
 # -- frontier ---------------------------------------------------------------------------------------------------------
 
 
-def frontier(theta: List[float], full: List[int], select: List[int], smallest: Numbers, mean: Numbers, chosen: Optional[float]) -> Figure:
+def frontier(theta: List[float], full: List[int], select: List[int], smallest: Numbers, mean: Numbers,
+             chosen: Optional[float]) -> Figure:
     """Above the layers that stay dense, below the recall of the others; chosen: the plan's own theta. Every theta is as wide as
     the next, since most happens close to 1."""
     figure = Figure((WIDTH_INCH, 4.6))

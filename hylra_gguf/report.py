@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -71,8 +71,7 @@ def from_policy(policy: Policy, path: str, kind: str) -> Data:
     similarity = known_similarity(policy)
     matrix = None if policy.overlap is None else blank(np.reshape(policy.overlap, (policy.layer_count,) * 2))
     absent = [name for name, value in ((f"{similarity} of layer pairs", matrix), ("sensitivity", policy.sensitivity)) if value is None]
-    edges = [{"layer": layer, "source": source, "top_k": top_k_of(policy, source), **({similarity: matrix[source][layer]} if matrix else {})}
-             for source, layer in edges_of(policy.layer_source)]
+    edges = [edge_data(policy, edge, {similarity: matrix} if matrix else {}) for edge in edges_of(policy.layer_source)]
     return {
         "file": path, "kind": kind, "about": about_policy(policy), "top_k": policy.top_k, "similarity": similarity,
         "plan": plan_data(policy, edges, similarity),
@@ -98,6 +97,12 @@ def plan_data(policy: Policy, edges: List[dict], similarity: str) -> Data:
     values = [edge[similarity] for edge in edges if edge.get(similarity) is not None]
     return {"layer_map": policy.layer_map(), "layer_source": list(policy.layer_source), "theta": policy.theta, "edges": edges,
             "smallest": min(values, default=None), "mean": round(sum(values) / len(values), DIGITS) if values else None}
+
+
+def edge_data(policy: Policy, edge: Tuple[int, int], matrices: Dict[str, Any]) -> dict:
+    source, layer = edge
+    return {"layer": layer, "source": source, "top_k": top_k_of(policy, source),
+            **{name: numbers(matrix[source][layer]) for name, matrix in matrices.items()}}
 
 
 def top_k_of(policy: Policy, source: int) -> int:
@@ -126,7 +131,7 @@ def from_profile(profile: Profile, path: str, given: Optional[Policy] = None, gi
         "heads": {"sensitivity": head_numbers(profile, "sensitivity", policy.top_k), "sparsity": head_numbers(profile, "sparsity")},
         "halves": halves(view, policy) if profile.heldout_samples else {},
         "frontier": frontier(view, policy),
-        "left_out": [name for name, gone in (("importance", not importance), ("held-out against fit", not profile.heldout_samples)) if gone],
+        "left_out": ["importance"] * (not importance) + ["held-out against fit"] * (not profile.heldout_samples),
     }
 
 
@@ -135,7 +140,8 @@ def about_profile(profile: Profile) -> Dict[str, str]:
         "model": f"{profile.model}: {profile.arch}, {profile.layer_count} layers, {profile.head_kv_count} KV heads",
         "profiled on": profile.calibration(),
         "samples": f"{profile.samples}, of which {profile.heldout_samples} held out",
-        "top_k measured": f"{' '.join(map(str, profile.top_k))}, each with {profile.sink_tokens} sink and {profile.recent_tokens} recent tokens",
+        "top_k measured": f"{' '.join(map(str, profile.top_k))}, each with {profile.sink_tokens} sink and "
+                          f"{profile.recent_tokens} recent tokens",
         "time": f"forward {profile.forward_s:.0f} s, analysis {profile.analysis_s:.0f} s",
     }
 
@@ -162,11 +168,7 @@ def profile_edges(view: View, policy: Policy) -> List[dict]:
     """What each reuse layer gets at its source's own top_k"""
     by_k = {k: {name: view.profile.matrix(name, k, view.block_size, lists=view.lists) for name in MATRICES}
             for k in sorted({top_k_of(policy, source) for source, _ in edges_of(policy.layer_source)})}
-    edges = []
-    for source, layer in edges_of(policy.layer_source):
-        k = top_k_of(policy, source)
-        edges.append({"layer": layer, "source": source, "top_k": k, **{name: numbers(by_k[k][name][source, layer]) for name in MATRICES}})
-    return edges
+    return [edge_data(policy, edge, by_k[top_k_of(policy, edge[0])]) for edge in edges_of(policy.layer_source)]
 
 
 def halves(view: View, policy: Policy) -> Data:
@@ -175,7 +177,8 @@ def halves(view: View, policy: Policy) -> Data:
     rows, columns = np.nonzero(np.triu(np.outer(able, able), 1))
     found: Data = {"pairs": [[int(i), int(j)] for i, j in zip(rows, columns)]}
     for name in ("recall", "overlap"):
-        found[name] = compared(*(profile.matrix(name, k, view.block_size, lists=view.lists, split=half)[rows, columns] for half in HALVES))
+        of_half = [profile.matrix(name, k, view.block_size, lists=view.lists, split=half) for half in HALVES]
+        found[name] = compared(*(matrix[rows, columns] for matrix in of_half))
     for name, wanted_k in (("sensitivity", k), ("sparsity", None)):
         found[name] = compared(*(profile.layer(name, wanted_k, lists=view.lists, split=half)[able] for half in HALVES))
     return found
@@ -185,8 +188,10 @@ def compared(fit: np.ndarray, heldout: np.ndarray) -> Data:
     """correlation: Pearson's, None where one half does not vary"""
     varies = len(fit) > 1 and fit.std() > 1e-9 and heldout.std() > 1e-9
     gap = np.abs(fit - heldout)
-    return {"fit": numbers(fit), "heldout": numbers(heldout), "correlation": numbers(np.corrcoef(fit, heldout)[0, 1]) if varies else None,
-            "mean_difference": numbers(gap.mean()) if len(gap) else None, "largest_difference": numbers(gap.max()) if len(gap) else None}
+    return {"fit": numbers(fit), "heldout": numbers(heldout),
+            "correlation": numbers(np.corrcoef(fit, heldout)[0, 1]) if varies else None,
+            "mean_difference": numbers(gap.mean()) if len(gap) else None,
+            "largest_difference": numbers(gap.max()) if len(gap) else None}
 
 
 def frontier(view: View, policy: Policy) -> List[dict]:
@@ -201,8 +206,8 @@ def frontier(view: View, policy: Policy) -> List[dict]:
 
 def numbers(array: Any) -> Any:
     """Nested lists or one number, rounded to what a profile stores; None for NaN"""
-    if isinstance(array, (float, np.floating)):
-        return None if np.isnan(array) else round(float(array), DIGITS)
+    if array is None or isinstance(array, (float, np.floating)):
+        return None if array is None or np.isnan(array) else round(float(array), DIGITS)
     return [numbers(item) for item in np.asarray(array, float)]
 
 
@@ -235,8 +240,8 @@ def figures(plots: Any, data: Data) -> List[Tuple[str, Any]]:
     modes, sources = data["plan"]["layer_map"], data["plan"]["layer_source"]
     found = [("layer-map", plots.layer_map(modes, sources))]
     for name, matrix in data["matrices"].items():
-        label = f"{report_page.column(name)} at top_k {data['top_k']}"
-        found.append((name.replace("_", "-"), plots.heat_map(matrix, report_page.MATRIX_TITLES.get(name, name), label, modes, sources)))
+        title, label = report_page.MATRIX_TITLES.get(name, name), f"{report_page.column(name)} at top_k {data['top_k']}"
+        found.append((name.replace("_", "-"), plots.heat_map(matrix, title, label, modes, sources)))
     return found + layer_figures(plots, data, modes) + half_figures(plots, data, modes) + frontier_figure(plots, data)
 
 
@@ -250,7 +255,8 @@ def layer_figures(plots: Any, data: Data, modes: str) -> List[Tuple[str, Any]]:
         band = (by_k[last]["low"], by_k[last]["high"]) if "low" in by_k[last] else None
         found.append((name, plots.layer_lines(curves, band, title, label, modes)))
     for name, by_head in data.get("heads", {}).items():
-        found.append((f"{name}-heads", plots.head_map(by_head, f"{name.capitalize()} of each KV head", report_page.LAYER_TITLES[name][1])))
+        title, label = f"{name.capitalize()} of each KV head", report_page.LAYER_TITLES[name][1]
+        found.append((f"{name}-heads", plots.head_map(by_head, title, label)))
     return found
 
 
@@ -276,7 +282,8 @@ def frontier_figure(plots: Any, data: Data) -> List[Tuple[str, Any]]:
     rows = data.get("frontier")
     if not rows:
         return []
-    theta, dense, select, smallest, mean = ([row[name] for row in rows] for name in ("theta", "dense", "select", "min_recall", "mean_recall"))
+    names = ("theta", "dense", "select", "min_recall", "mean_recall")
+    theta, dense, select, smallest, mean = ([row[name] for row in rows] for name in names)
     full = [both - selecting for both, selecting in zip(dense, select)]
     return [("frontier", plots.frontier(theta, full, select, smallest, mean, data["plan"]["theta"]))]
 

@@ -26,7 +26,8 @@ body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:780
 h1{font-size:1.4em}h2{font-size:1.15em;margin:1.8em 0 .3em}p{margin:.4em 0}
 img{max-width:100%;height:auto;display:block;margin:8px 0}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85em;font-variant-numeric:tabular-nums}
-th,td{padding:2px 8px 2px 0;text-align:left;vertical-align:top;border-bottom:1px solid #e5e5e5}.wide td,.wide th{padding:1px 3px;font-size:.75em;overflow-wrap:normal}
+th,td{padding:2px 8px 2px 0;text-align:left;vertical-align:top;border-bottom:1px solid #e5e5e5}
+.wide td,.wide th{padding:1px 3px;font-size:.75em;overflow-wrap:normal}
 summary{cursor:pointer;color:#0055aa}
 """
 # a browser then loads nothing even if a name found a way out of its quotes
@@ -63,16 +64,14 @@ def about(data: Dict[str, Any]) -> Section:
     if plan["mean"] is not None:
         rows.append([f"{data['similarity']} of reuse layers", f"smallest {number(plan['smallest'])}, mean {number(plan['mean'])}"])
     if data["left_out"]:
-        rows.append(["left out", f"a {data['kind']} does not hold: {', '.join(data['left_out'])}" if data["kind"] != "profile"
-                     else f"not in this profile: {', '.join(data['left_out'])}"])
+        rows.append(["left out", f"this {data['kind']} does not hold: {', '.join(data['left_out'])}"])
     return Section("Report", "", ["HyLRA", clean(data["file"])], rows)
 
 
 def layers(data: Dict[str, Any]) -> Section:
     """What every layer does, with what was measured about it"""
     edges = {edge["layer"]: edge for edge in data["plan"]["edges"]}
-    pairs = [name for name in ("recall", "overlap", "overlap_free", data["similarity"]) if any(name in edge for edge in edges.values())]
-    pairs = list(dict.fromkeys(pairs))
+    pairs = list(dict.fromkeys(name for edge in edges.values() for name in edge if name not in ("layer", "source", "top_k")))
     columns = layer_columns(data)
     rows = []
     for layer, mode in enumerate(data["plan"]["layer_map"]):
@@ -104,8 +103,8 @@ def frontier(data: Dict[str, Any]) -> Section:
 
 def halves(data: Dict[str, Any]) -> Section:
     found = {name: of_name for name, of_name in data["halves"].items() if name != "pairs"}
-    rows = [[name, str(len(of_name["fit"])), number(of_name["correlation"]), number(of_name["mean_difference"], 4), number(of_name["largest_difference"], 4)]
-            for name, of_name in found.items()]
+    rows = [[name, str(len(of_name["fit"])), number(of_name["correlation"]),
+             number(of_name["mean_difference"], 4), number(of_name["largest_difference"], 4)] for name, of_name in found.items()]
     return Section("Held-out against fit", f"means over the two halves of the samples, at top_k {data['top_k']}; "
                    "recall and overlap of pairs of different layers, the others of layers",
                    ["", "values", "correlation", "mean difference", "largest difference"], rows, [f"halves-{name}" for name in found])
@@ -115,13 +114,14 @@ def heads(data: Dict[str, Any], name: str) -> Section:
     by_head = data["heads"][name]
     rows = [[str(layer), *(number(value) for value in of_layer)] for layer, of_layer in enumerate(by_head)]
     note = f"at top_k {data['top_k']}" if name == "sensitivity" else "share of the cells that holds 90 % of the mass"
-    return Section(f"{name.capitalize()} of KV heads", f"{note}; every head with its own list", ["layer", *(f"head {h}" for h in range(len(by_head[0])))],
-                   rows, [f"{name}-heads"])
+    return Section(f"{name.capitalize()} of KV heads", f"{note}; every head with its own list",
+                   ["layer", *(f"head {head}" for head in range(len(by_head[0])))], rows, [f"{name}-heads"])
 
 
 def matrix(data: Dict[str, Any], name: str) -> Section:
     found, modes = data["matrices"][name], data["plan"]["layer_map"]
-    rows = [[f"{layer} {modes[layer]}", *("" if value is None else f"{100 * value:.0f}" for value in row)] for layer, row in enumerate(found)]
+    rows = [[f"{layer} {modes[layer]}", *("" if value is None else f"{100 * value:.0f}" for value in row)]
+            for layer, row in enumerate(found)]
     return Section(MATRIX_TITLES.get(name, name), f"at top_k {data['top_k']}, in percent; rows are sources, columns later layers",
                    ["", *map(str, range(len(found)))], rows, [name.replace("_", "-")], True)
 
@@ -178,8 +178,10 @@ def html(data: Dict[str, Any], drawn: Dict[str, bytes]) -> str:
     """drawn: PNGs by the names that the sections ask for"""
     name = escape(clean(data["file"]).rsplit("/", 1)[-1])
     body = "\n".join(html_section(section, drawn) for section in sections(data))
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>HyLRA: {name}</title><style>{CSS}</style></head>\n'
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>HyLRA: {name}</title><style>{CSS}</style></head>\n"
             f"<body><h1>HyLRA: {name}</h1>\n{body}\n</body></html>\n")
 
 

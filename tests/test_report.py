@@ -1,4 +1,4 @@
-"""`hylra-gguf report`: what it takes from each kind of file, that text, JSON and HTML agree, and that failures are one line and no file."""
+"""`hylra-gguf report`: what it takes from each kind of file, that text and JSON agree, and that failures are one line and no file."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def test_numbers_are_those_of_the_profile(folder, capsys, lists, block_size):
         assert np.allclose(np.array(data["matrices"][name], float)[np.triu_indices(4)], expected[np.triu_indices(4)], atol=6e-5)
         assert [edge[name] for edge in data["plan"]["edges"]] == pytest.approx([expected[1, 2], expected[1, 3]], abs=6e-5)
     for k in (300, 512):
-        for statistic, wanted in (("mean", {}), ("low", {"statistic": "low"}), ("high", {"statistic": "high"}), ("fit", {"split": "fit"})):
+        for statistic, wanted in (("mean", {}), ("low", {"statistic": "low"}), ("high", {"statistic": "high"}),
+                                  ("fit", {"split": "fit"}), ("heldout", {"split": "heldout"})):
             found = data["layers"]["sensitivity"][str(k)][statistic]
             assert found == pytest.approx(profile.layer("sensitivity", k, lists=lists, **wanted), abs=6e-5), (k, statistic)
     assert np.allclose(data["heads"]["sensitivity"], profile.layer_heads("sensitivity", 300), atol=6e-5)
@@ -135,7 +136,8 @@ def test_each_edge_is_measured_at_the_budget_of_its_source(folder, capsys):
     (folder / "budgets.json").write_text(json.dumps(policy))
     edges = as_json(capsys, "profile.json", "--policy", "budgets.json")["plan"]["edges"]
     assert [(edge["layer"], edge["source"], edge["top_k"]) for edge in edges] == [(1, 0, 300), (3, 2, 512)]
-    assert [edge["recall"] for edge in edges] == pytest.approx([profile.matrix("recall", 300)[0, 1], profile.matrix("recall", 512)[2, 3]], abs=6e-5)
+    expected = [profile.matrix("recall", 300)[0, 1], profile.matrix("recall", 512)[2, 3]]
+    assert [edge["recall"] for edge in edges] == pytest.approx(expected, abs=6e-5)
 
 
 def test_layers_that_take_no_part_stay_blank(folder, capsys):
@@ -173,6 +175,14 @@ def test_a_policy_file_and_the_model_that_carries_it_say_the_same(folder, capsys
     assert {**of_model, "file": 0, "kind": 0} == {**of_file, "file": 0, "kind": 0}
     assert of_file["layers"]["sensitivity"]["512"]["mean"] == pytest.approx(policy.sensitivity, abs=6e-5)
     assert [edge["recall"] for edge in of_file["plan"]["edges"]] == pytest.approx([policy.overlap[4 + 2], policy.overlap[4 + 3]], abs=6e-5)
+
+
+def test_a_policy_whose_matrix_holds_nothing_has_no_mean(folder, capsys):
+    policy = {**Policy.load("policy.json").to_dict(), "overlap": [0.0] * 16}
+    (folder / "empty.json").write_text(json.dumps(policy))
+    plan = as_json(capsys, "empty.json")["plan"]
+    assert (plan["smallest"], plan["mean"]) == (None, None) and [edge["recall"] for edge in plan["edges"]] == [None, None]
+    assert run(capsys, "empty.json", "-o", "r.html")[0] == 0
 
 
 def test_the_name_of_a_picture_is_never_taken_from_the_file(folder, capsys):
