@@ -7,6 +7,7 @@ layers); stock likewise, per arm. One sequence, one list of cells per layer, F16
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,14 +94,14 @@ def load(path: str, profile: Profile) -> CostModel:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         model = CostModel(**{**values, "stock": {str(arm): (float(a), float(b)) for arm, (a, b) in values["stock"].items()}})
         numbers = [model.t0_s, model.dense_s, model.select_s, model.reuse_s, *(x for pair in model.stock.values() for x in pair)]
-        good = model.stock and all(type(number) in (int, float) and number >= 0 for number in numbers)
+        good = model.stock and all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers)
     except OSError as error:
         raise HylraError(f"{path}: cannot read the cost model: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         good = False
     if not good:
         raise HylraError(f"{path}: not a cost model; measure one with --cost {path} --model MODEL")
-    if model.identity != profile.identity:
+    if model.identity != profile.identity or model.layer_count != sum(profile.eligible):
         raise HylraError(f"{path}: measured with another model than the profile's ({profile.model}); measure again with --model MODEL")
     return model
 

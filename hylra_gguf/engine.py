@@ -136,6 +136,7 @@ def policy_struct(policy: Policy):
     mode = ffi.new("uint32_t[]", list(policy.layer_mode))
     source = ffi.new("int32_t[]", list(policy.layer_source))
     head_map = ffi.new("int32_t[]", list(policy.head_map)) if policy.head_map else ffi.NULL
+    layer_top_k = ffi.new("uint32_t[]", list(policy.layer_top_k)) if policy.layer_top_k else ffi.NULL
     struct = ffi.new(
         "struct hylra_policy *",
         {
@@ -148,6 +149,7 @@ def policy_struct(policy: Policy):
             "head_map": head_map,
             "lists": policy.lists,
             "top_k": policy.top_k,
+            "layer_top_k": layer_top_k,
             "top_k_fraction": policy.top_k_fraction or 0.0,
             "block_size": policy.block_size,
             "sink_tokens": policy.sink_tokens,
@@ -156,7 +158,7 @@ def policy_struct(policy: Policy):
             "prefill": policy.prefill,
         },
     )
-    return struct, [mode, source, head_map]
+    return struct, [mode, source, head_map, layer_top_k]
 
 
 def set_policy(ctx, policy: Policy | None) -> None:

@@ -111,6 +111,8 @@ def test_a_cost_model_survives_its_file(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (lambda values: values.update(identity="f" * 32), "another model than the profile's \\(tiny.gguf\\)"),
+    (lambda values: values.update(layer_count=9), "another model"),
+    (lambda values: values.update(t0_s=float("inf")), "not a cost model"),
     (lambda values: values.update(t0_s=-1), "not a cost model"),
     (lambda values: values.update(t0_s="1"), "not a cost model"),
     (lambda values: values.update(extra=1), "not a cost model"),

@@ -244,6 +244,18 @@ def test_selection_and_reuse_equal_numpy(tiny, lists, head_map):
         np.testing.assert_allclose(trace.outputs[layer], attention(x, probabilities(x, allowed)), atol=2e-5, rtol=1e-4)
 
 
+def test_every_select_layer_emits_its_own_budget(tiny):
+    p = policy("SRSR", top_k=64, layer_top_k=(64, 0, 24, 0))
+    trace = Trace()
+    with Session(tiny, eval_callback=trace.callback) as s:
+        s.prefill(random_tokens(N_PAST))
+        step_logits(s, p, random_tokens(1, 5))
+    forced = [[[*range(4), *range(N_PAST - 15, N_PAST + 1)]]]
+    for layer, k in ((0, 64), (2, 24)):
+        check_selection(trace.inputs[layer], trace.choices[layer], 1, k, forced)
+        np.testing.assert_array_equal(trace.inputs[layer + 1]["cells"], trace.choices[layer])
+
+
 # ---- 4. sequences, streams, cells out of order
 
 

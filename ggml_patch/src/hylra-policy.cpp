@@ -11,9 +11,10 @@
 #include <cstring>
 #include <stdexcept>
 
-uint32_t llama_hylra_policy::top_k_at(uint32_t n_kv) const {
+uint32_t llama_hylra_policy::top_k_at(uint32_t il, uint32_t n_kv) const {
+    const uint32_t own   = layer_top_k.empty() ? top_k : layer_top_k[il];
     const uint32_t share = uint32_t(std::ceil(double(top_k_fraction)*n_kv));
-    return std::min(std::max(top_k, share), n_kv);
+    return std::min(std::max(own, share), n_kv);
 }
 
 uint32_t llama_hylra_policy::count(uint32_t mode) const {
@@ -43,6 +44,9 @@ void check_shape(const llama_hylra_policy & p, const llama_hparams & hparams) {
         refuse("hylra.layer_mode and hylra.layer_source must hold " + num(p.layer_count) + " values, found " +
                num(p.layer_mode.size()) + " and " + num(p.layer_source.size()));
     }
+    if (!p.layer_top_k.empty() && p.layer_top_k.size() != p.layer_count) {
+        refuse("hylra.layer_top_k must hold " + num(p.layer_count) + " values, found " + num(p.layer_top_k.size()));
+    }
     if (!p.head_map.empty() && p.head_map.size() != size_t(p.layer_count)*p.head_kv_count) {
         refuse("hylra.head_map must hold " + num(int64_t(p.layer_count)*p.head_kv_count) + " values, found " + num(p.head_map.size()));
     }
@@ -55,6 +59,9 @@ void check_budget(const llama_hylra_policy & p) {
     }
     if (!(p.top_k_fraction >= 0.0f && p.top_k_fraction <= 1.0f)) {
         refuse("hylra.top_k_fraction is " + std::to_string(p.top_k_fraction) + ", expected 0 to 1");
+    }
+    if (!p.layer_top_k.empty() && p.top_k_fraction != 0.0f) {
+        refuse("hylra.layer_top_k and hylra.top_k_fraction are both set, expected one of them");
     }
     const bool power = (p.block_size & (p.block_size - 1)) == 0;
     if (p.block_size != 1 && !(power && p.block_size >= 16 && p.block_size <= 128)) {
@@ -73,12 +80,23 @@ void check_budget(const llama_hylra_policy & p) {
     }
 }
 
+void check_layer_budget(const llama_hylra_policy & p, uint32_t il) {
+    const uint32_t least = p.layer_mode[il] == HYLRA_SELECT ? std::max(1u, p.sink_tokens + p.recent_tokens) : 0;
+    const uint32_t most  = p.layer_mode[il] == HYLRA_SELECT ? p.top_k : 0;
+    if (p.layer_top_k[il] < least || p.layer_top_k[il] > most) {
+        refuse("hylra.layer_top_k of layer " + num(il) + " is " + num(p.layer_top_k[il]) + ", expected " + num(least) + " to " + num(most));
+    }
+}
+
 void check_layer(const llama_hylra_policy & p, const llama_hparams & hparams, uint32_t il) {
     const uint32_t mode   = p.layer_mode[il];
     const int32_t  source = p.layer_source[il];
     const std::string layer = "layer " + num(il);
     if (mode > HYLRA_REUSE) {
         refuse(layer + " has mode " + num(mode) + ", this engine knows 0 full, 1 select, 2 reuse");
+    }
+    if (!p.layer_top_k.empty()) {
+        check_layer_budget(p, il);
     }
     if (mode == HYLRA_FULL && source != -1) {
         refuse(layer + " is full, its source must be -1, found " + num(source));
@@ -105,6 +123,9 @@ void check(const llama_hylra_policy & p, const llama_hparams & hparams) {
     check_budget(p);
     for (uint32_t il = 0; il < p.layer_count; ++il) {
         check_layer(p, hparams, il);
+    }
+    if (p.count(HYLRA_SELECT) > 0 && !p.layer_top_k.empty() && *std::max_element(p.layer_top_k.begin(), p.layer_top_k.end()) != p.top_k) {
+        refuse("hylra.top_k is " + num(p.top_k) + ", expected the largest of hylra.layer_top_k");
     }
 }
 
@@ -195,7 +216,7 @@ struct reader {
 
 void refuse_unknown_keys(const llama_model_loader & ml) {
     static const char * const KEYS[] = { "version", "enabled", "layer_count", "head_kv_count", "layer_mode", "layer_source", "head_map", "lists",
-        "top_k", "top_k_fraction", "block_size", "sink_tokens", "recent_tokens", "min_context", "prefill" };
+        "top_k", "layer_top_k", "top_k_fraction", "block_size", "sink_tokens", "recent_tokens", "min_context", "prefill" };
     for (int64_t id = 0; id < gguf_get_n_kv(ml.metadata); ++id) {
         const std::string name = gguf_get_key(ml.metadata, id);
         if (name.rfind(PREFIX, 0) != 0) {
@@ -217,6 +238,7 @@ void read_all(const reader & r, llama_hylra_policy & p) {
     r.get("head_map", GGUF_TYPE_INT32, p.head_map, false);
     r.get("lists", p.lists);
     r.get("top_k", p.top_k);
+    r.get("layer_top_k", GGUF_TYPE_UINT32, p.layer_top_k, false);
     r.get("top_k_fraction", p.top_k_fraction);
     r.get("block_size", p.block_size);
     r.get("sink_tokens", p.sink_tokens);
@@ -271,6 +293,9 @@ llama_hylra_policy_ptr hylra_copy_policy(const hylra_policy & in, const llama_hp
     p->prefill        = in.prefill;
     p->layer_mode.assign(in.layer_mode, in.layer_mode + in.layer_count);
     p->layer_source.assign(in.layer_source, in.layer_source + in.layer_count);
+    if (in.layer_top_k) {
+        p->layer_top_k.assign(in.layer_top_k, in.layer_top_k + in.layer_count);
+    }
     if (in.head_map) {
         p->head_map.assign(in.head_map, in.head_map + size_t(in.layer_count)*in.head_kv_count);
     }

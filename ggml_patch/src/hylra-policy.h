@@ -20,6 +20,7 @@ struct llama_hylra_policy {
     std::vector<int32_t>  head_map;     // [layer_count * head_kv_count] or empty
     uint32_t lists          = 1;
     uint32_t top_k          = 0;
+    std::vector<uint32_t> layer_top_k;  // [layer_count] or empty
     float    top_k_fraction = 0.0f;
     uint32_t block_size     = 1;
     uint32_t sink_tokens    = 0;
@@ -29,7 +30,7 @@ struct llama_hylra_policy {
 
     std::string problem; // why it was refused, one line; empty: valid
 
-    uint32_t top_k_at(uint32_t n_kv) const; // cells kept when the cache view holds n_kv cells
+    uint32_t top_k_at(uint32_t il, uint32_t n_kv) const; // cells that select layer il emits when the cache view holds n_kv
     uint32_t count(uint32_t mode) const;
 };
 

@@ -37,6 +37,7 @@ struct hylra_policy {
     const int32_t  * head_map;     // [layer_count * head_kv_count] or NULL
     uint32_t        lists;
     uint32_t        top_k;
+    const uint32_t * layer_top_k;  // [layer_count] cells that a select layer emits, 0 for other layers; NULL: top_k in each
     float           top_k_fraction; // 0: unused
     uint32_t        block_size;
     uint32_t        sink_tokens;

@@ -239,7 +239,7 @@ struct layer_builder {
         const int64_t lists = policy.lists, n_kv = k->ne[1];
         ggml_tensor * pooled = custom("pool", GGML_TYPE_F32, { n_kv, lists, q->ne[1], q->ne[3] },
                                       { attended, sinks, forced_cells() }, hylra_node_pool, op);
-        return custom("choose", GGML_TYPE_I32, { policy.top_k_at(uint32_t(n_kv)), lists, q->ne[1], q->ne[3] },
+        return custom("choose", GGML_TYPE_I32, { policy.top_k_at(il, uint32_t(n_kv)), lists, q->ne[1], q->ne[3] },
                       { pooled }, hylra_node_choose, op);
     }
 };

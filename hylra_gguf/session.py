@@ -1,0 +1,108 @@
+"""A model and a context driven through llama.cpp's own API, for measurements that `Llama` is too high for; text models only.
+
+Everything runs on the CPU unless layers are offloaded by the caller's parameters. Errors are one line.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from . import engine
+from .errors import HylraError, ModelFileError
+
+N_UBATCH = 512  # prompt batch
+DECODE_TOKENS = 8  # the largest batch of one sequence that still runs sparse (TOKENS_PER_SEQUENCE in llama-hylra.cpp)
+
+
+class Model:
+    """An open GGUF model. Raises ModelFileError if the file is missing or llama.cpp cannot load it."""
+
+    def __init__(self, path: str):
+        if not Path(path).is_file():
+            raise ModelFileError(f"{path}: no such file; name a GGUF model")
+        self.api = engine.activate()
+        from llama_cpp._logger import set_verbose
+
+        set_verbose(False)
+        self.path = path
+        self.api.llama_backend_init()
+        params = self.api.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self.handle = self.api.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.handle:
+            raise ModelFileError(f"{path}: llama.cpp cannot load this model; check that the GGUF file is whole")
+        self.vocab = self.api.llama_model_get_vocab(self.handle)
+        self.n_vocab = self.api.llama_vocab_n_tokens(self.vocab)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.api.llama_model_free(self.handle)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Raises ModelFileError for a model without tokenizer."""
+        data = text.encode("utf-8", "replace")
+        room = (self.api.llama_token * (len(data) + 8))()
+        n = self.api.llama_tokenize(self.vocab, data, len(data), room, len(room), True, False)
+        if n <= 0 < len(data):
+            raise ModelFileError(f"{self.path}: this model has no tokenizer; name one that has")
+        return list(room[:max(n, 0)])
+
+
+class Context:
+    """A context of n_seq sequences, each with a cache of n_ctx tokens of its own."""
+
+    def __init__(self, model: Model, n_ctx: int, *, n_seq: int = 1, n_threads: int = 1, type_k: int = 1, type_v: int = 1,
+                 flash_attn: bool = True):
+        self.model, self.api = model, model.api
+        params = self.api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, N_UBATCH, N_UBATCH, n_seq
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k, params.type_v = type_k, type_v
+        params.flash_attn_type = int(flash_attn)
+        params.swa_full = True  # a sliding-window cache must survive a rewind
+        self.ctx = self.api.llama_init_from_model(model.handle, params)
+        if not self.ctx:
+            raise HylraError(f"{model.path}: llama.cpp cannot open a context of {n_ctx * n_seq} tokens with KV types {type_k}/{type_v}, "
+                             f"flash attention {'on' if flash_attn else 'off'}; use a shorter one")
+        self.batch = self.api.llama_batch_init(N_UBATCH, 0, 1)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.api.llama_batch_free(self.batch)
+        self.api.llama_free(self.ctx)
+
+    def decode(self, tokens: list[int], first_pos: int, seq: int = 0, logits: bool = False) -> None:
+        """One llama_decode of at most N_UBATCH tokens; logits: of every token, else of none but the last."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first_pos + i, 1
+            batch.seq_id[i][0] = seq
+            batch.logits[i] = logits or i == len(tokens) - 1
+        code = self.api.llama_decode(self.ctx, batch)
+        if code != 0:
+            raise HylraError(f"{self.model.path}: llama_decode stopped with code {code} at token {first_pos}")
+
+    def prefill(self, tokens: list[int], first_pos: int = 0, seq: int = 0, progress=None) -> None:
+        for start in range(0, len(tokens), N_UBATCH):
+            part = tokens[start : start + N_UBATCH]
+            self.decode(part, first_pos + start, seq)
+            if progress:
+                progress(len(part))
+
+    def rewind(self, n_tokens: int, seq: int = 0) -> None:
+        """Forgets what follows the first n_tokens of a sequence. Raises HylraError where the cache cannot (recurrent layers)."""
+        if not self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.ctx), seq, n_tokens, -1):
+            raise HylraError(f"{self.model.path}: the cache of this architecture cannot be rewound; it cannot be measured this way")
+
+    def logits(self, n_rows: int) -> np.ndarray:
+        """[n_rows, n_vocab] F32 of the last batch; a view that the next decode overwrites."""
+        pointer = self.api.llama_get_logits(self.ctx)
+        return np.ctypeslib.as_array(pointer, shape=(n_rows, self.model.n_vocab))
