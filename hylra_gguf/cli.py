@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command_name")
-    for add in (_add_profile, _add_plan, _add_embed_policy, _add_show, _add_strip, _add_verify, _add_run, _add_bench, _add_env):
+    for add in (_add_profile, _add_plan, _add_report, _add_embed_policy, _add_show, _add_strip, _add_verify, _add_run, _add_bench, _add_env):
         add(commands)
     return parser
 
@@ -165,6 +165,15 @@ def _add_plan(commands: Any) -> None:
     add_plan_flags(parser)
     add_sweep_flags(parser)
     _add_output(parser, "the policy file (default: stdout)", "POLICY")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(commands, "report", _lazy("report", "cmd_report"), "show what a profile or policy says about the layers, with pictures")
+    parser.add_argument("file", metavar="FILE", help="a profile, a policy, or a model file that carries a policy")
+    parser.add_argument("--policy", metavar="FILE", help="mark this policy's layers in a profile (default: those of the default plan)")
+    parser.add_argument("--png", metavar="DIR", help="write every picture as a PNG into this folder")
+    parser.add_argument("--format", choices=("md", "json"), default="md", help="of the numbers on stdout (default md)")
+    _add_output(parser, "one HTML file with all pictures inside", "REPORT")
 
 
 def _add_embed_policy(commands: Any) -> None:
