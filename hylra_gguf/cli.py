@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator, List, Optional
 from tqdm import tqdm
 
 from .errors import HylraError, ModelFileError, PolicyError
-from .flags import PLAN_FLAGS, add_plan_flags, add_sweep_flags, count, list_of, number, one_of
+from .flags import PLAN_FLAGS, add_plan_flags, add_refine_flags, add_sweep_flags, count, list_of, number, one_of
 from .gguf_header import Progress, check_fits, check_target, data_sha256, model_shape, read_header, strip, write_policy
 from .policy import Policy, require_policy
 
@@ -164,6 +164,7 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("profile", metavar="PROFILE", help="file that `profile` has written")
     add_plan_flags(parser)
     add_sweep_flags(parser)
+    add_refine_flags(parser)
     _add_output(parser, "the policy file (default: stdout)", "POLICY")
 
 

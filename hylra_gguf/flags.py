@@ -27,7 +27,8 @@ COMMON = ("top_k", "top_k_fraction", "lists", "sink", "recent", "min_context", "
 OWN = tuple(dict.fromkeys(flag for flags in STRATEGIES.values() for flag in flags))
 PLAN_FLAGS = ("strategy", *OWN, *COMMON)
 CHOOSING = ("target_speedup", "max_loss")
-SWEEP_FLAGS = ("sweep", *CHOOSING, "n_depth", "cost", "model", "threads", "format")
+SWEEP_FLAGS = ("sweep", *CHOOSING, "n_depth", "cost", "model", "format")
+REFINE_FLAGS = ("refine", "text", "ctx_size", "minutes")
 
 
 def flag(name: str) -> str:
@@ -89,8 +90,16 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
                        help="cached tokens to predict tokens/s for, such as 4096,8192")
     group.add_argument("--cost", metavar="FILE", help="cost model of this machine: read, or written when --model is given too")
     group.add_argument("--model", metavar="MODEL", help="GGUF file to measure the cost model with, some ten seconds")
-    group.add_argument("-t", "--threads", type=count(1), metavar="N", help="processor threads of that measurement")
     group.add_argument("--format", choices=("md", "csv", "json"), help="of the rows (default md)")
+
+
+def add_refine_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("refinement")
+    group.add_argument("--refine", metavar="MODEL", help="change the plan while the KL divergence measured on this GGUF file falls")
+    group.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts to measure on (default: text that ships with Python)")
+    group.add_argument("-c", "--ctx-size", type=count(1), metavar="CTX", help="cached tokens to measure at (default: the profile's)")
+    group.add_argument("--minutes", type=number(0, math.inf, above=True), metavar="M", help="time for the search (default 5)")
+    group.add_argument("-t", "--threads", type=count(1), metavar="N", help="processor threads, here and for --model")
 
 
 # ---- values of flags

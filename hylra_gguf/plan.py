@@ -14,7 +14,7 @@ import numpy as np
 
 from . import importers, strategies
 from .errors import PolicyError
-from .flags import OWN, PLAN_FLAGS, check_strategy_flags
+from .flags import OWN, PLAN_FLAGS, REFINE_FLAGS, check_strategy_flags, flag
 from .policy import FULL, REUSE, SELECT, Policy
 from .profile_data import Profile, tool_version
 from .solver import NO_SOURCE, Plan, Problem
@@ -220,9 +220,24 @@ def plan_options(args) -> dict:
 def cmd_plan(args) -> None:
     from . import sweep  # here: sweep.py plans with this module
 
-    if sweep.wanted(args):
-        return sweep.cmd_sweep(args)
-    return show_and_save(plan_policy(Profile.load(args.profile), **plan_options(args)), args.output)
+    check_refine_flags(args)
+    profile = Profile.load(args.profile)
+    policy = sweep.cmd_sweep(args, profile) if sweep.wanted(args) else plan_policy(profile, **plan_options(args))
+    if policy is None:  # the sweep was the result
+        return
+    if args.refine is not None:
+        from .refine import cmd_refine
+
+        policy = cmd_refine(args, profile, policy)
+    show_and_save(policy, args.output)
+
+
+def check_refine_flags(args) -> None:
+    for name in REFINE_FLAGS:
+        if args.refine is None and getattr(args, name) is not None:
+            raise PolicyError(f"{flag(name)} has no effect without --refine; add --refine MODEL")
+    if args.threads is not None and args.model is None and args.refine is None:
+        raise PolicyError("--threads has no effect without --model or --refine, which it is for")
 
 
 def show_and_save(policy: Policy, output: str | None) -> None:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Iterator
 
 import numpy as np
+from tqdm import tqdm
 
 from .divergence import Divergence, Judge
-from .errors import PolicyError
 from .policy import FULL, REUSE, SELECT, Policy
+from .profile_data import Profile
+from .forward import cpu_count
 from .session import Model
 from .texts import calibration_text, read_texts
 
@@ -25,6 +27,8 @@ N_TOKENS = 192  # per text: half of them decides
 MIN_GAIN_STDERR = 1.0
 BUDGET_STEPS = (0.5, 1.5)  # a select layer's top_k is tried at these shares of what it is
 BUDGET_UNIT = 64
+DEFAULT_MINUTES = 5.0
+ALL_CHARS = 1 << 30
 MAX_SOURCES = 3  # earlier select layers tried for a reuse layer, most similar first
 
 
@@ -188,25 +192,32 @@ def refine(policy: Policy, compare, depth: int, budget_s: float, report, clock=t
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
+def cmd_refine(args, profile: Profile, policy: Policy) -> Policy:
+    """Raises ProfileError if the profile is of another model."""
+    profile.check_model(args.refine)
+    depth = args.ctx_size or max(profile.contexts) - N_TOKENS
+    budget_s = 60 * (args.minutes or DEFAULT_MINUTES)
+    with tqdm(total=None, unit="tok", desc="reading the texts", leave=False) as bar:
+        return refine_policy(policy, args.refine, args.text or [], depth, budget_s, args.threads or cpu_count(), bar.update)
+
+
 def refine_policy(policy: Policy, model_path: str, text_paths: list[str], depth: int, budget_s: float, n_threads: int,
-                  progress=None) -> tuple[Policy, list[Step]]:
-    """The refined policy with the gain in its tool line. depth: cached tokens before the measured ones."""
-    if policy.min_context > depth - 256:
-        raise PolicyError(f"the policy is active from {policy.min_context} tokens on, --refine measures at {depth}; raise -c or lower --min-context")
+                  progress=None) -> Policy:
+    """The refined policy, its gain in the tool line. depth: cached tokens before the measured ones; below min_context it counts too."""
     with Model(model_path) as model:
         texts = texts_for(model, text_paths, depth + N_TOKENS)
         with Judge(model, texts, depth, N_TOKENS, policy, n_threads, progress) as judge:
-            found, path = refine(policy, judge.compare, depth, budget_s, print_step)
+            found, path = refine(policy, lambda one: judge.compare(replace(one, min_context=0)), depth, budget_s, print_step)
     gain = f", refined at {depth} tokens: KLD {path[0].held_out:.4f} to {path[-1].held_out:.4f} on tokens it did not see"
-    return replace(found, tool=found.tool + gain), path
+    return replace(found, tool=found.tool + gain)
 
 
 def texts_for(model: Model, paths: list[str], n_tokens: int) -> list[list[int]]:
-    """The user's texts, or two stretches of what ships with Python."""
+    """The user's texts, or the last two stretches of what ships with Python: the profile reads it from the start."""
     if paths:
         return [model.tokenize(text)[:n_tokens] for text in read_texts(paths)]
-    tokens = model.tokenize(calibration_text(16 * n_tokens)[0])
-    return [tokens[:n_tokens], tokens[n_tokens : 2 * n_tokens]]
+    tokens = model.tokenize(calibration_text(ALL_CHARS)[0])
+    return [tokens[-2 * n_tokens : -n_tokens], tokens[-n_tokens:]]
 
 
 def print_step(step: Step) -> None:

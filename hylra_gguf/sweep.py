@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from . import cost, tables
 from .errors import PolicyError
 from .flags import CHOOSING, SWEEP_FLAGS, flag, parse_sweep
-from .plan import edges_of, plan_options, plan_policy, show_and_save
+from .plan import edges_of, plan_options, plan_policy
 from .policy import Policy
 from .profile_data import Profile
 
@@ -31,10 +31,10 @@ def wanted(args) -> bool:
     return any(getattr(args, name, None) is not None for name in SWEEP_FLAGS)
 
 
-def cmd_sweep(args) -> None:
+def cmd_sweep(args, profile: Profile) -> Policy | None:
+    """Prints the frontier; returns the policy that was chosen from it, if one was asked for."""
     check_flags(args)
     thetas, options = parse_sweep(args.sweep or DEFAULT_SWEEP), plan_options(args)
-    profile = Profile.load(args.profile)
     model = cost_model(args, profile)
     depths = sorted(set(args.n_depth or [max(profile.contexts)])) if model else []
     note = f"cost model: {model.note}" if model else f"no tokens/s without a cost model of this machine; {HOW_TO_MEASURE}"
@@ -43,8 +43,7 @@ def cmd_sweep(args) -> None:
     table = FORMATS[args.format or "md"]([candidate.row for candidate in candidates])
     choosing = args.target_speedup is not None or args.max_loss is not None
     print(table, file=sys.stderr if choosing else sys.stdout)
-    if choosing:
-        show_and_save(choose(candidates, depths, args.target_speedup, args.max_loss).policy, args.output)
+    return choose(candidates, depths, args.target_speedup, args.max_loss).policy if choosing else None
 
 
 def check_flags(args) -> None:
@@ -59,8 +58,8 @@ def check_flags(args) -> None:
                           "leave one of them out")
     if args.output is not None and not choosing:
         raise PolicyError("-o has no policy to write: --sweep prints a table; add --target-speedup or --max-loss to choose from it")
-    if args.threads is not None and args.model is None:
-        raise PolicyError("--threads has no effect without --model, which it is for")
+    if args.refine is not None and not choosing:
+        raise PolicyError("--refine has no policy to start from: --sweep prints a table; add --target-speedup or --max-loss to choose from it")
     measured = args.cost is not None or args.model is not None
     if not measured and (args.n_depth is not None or args.target_speedup is not None):
         needs = "-d" if args.n_depth is not None else "--target-speedup"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from profiles import make_profile
 
-from hylra_gguf import plan, solver
+from hylra_gguf import cli, plan, solver
 from hylra_gguf.errors import HylraError, PolicyError
 from hylra_gguf.policy import REUSE, Policy
 from hylra_gguf.profile_data import Profile
@@ -122,14 +121,13 @@ def test_refusals_are_one_line(options, words):
 
 def test_cmd_plan_writes_the_policy_and_shows_the_layer_map(tmp_path, capsys):
     make_profile(line(8)).save(tmp_path / "profile.json")
-    flags = {"profile": str(tmp_path / "profile.json"), "output": str(tmp_path / "policy.json"), "strategy": "explicit",
-             "layers": [1, 5], "min_context": 512, "recent": 128, "theta": None}
-    plan.cmd_plan(SimpleNamespace(**flags))
+    line_of_flags = f"plan {tmp_path}/profile.json --strategy explicit --layers 1,5 --min-context 512 --recent 128"
+    plan.cmd_plan(cli.build_parser().parse_args([*line_of_flags.split(), "-o", str(tmp_path / "policy.json")]))
     policy = Policy.load(tmp_path / "policy.json")
     assert (policy.layer_map(), policy.min_context, policy.recent_tokens, policy.sink_tokens) == ("FSRRRSRR", 512, 128, 4)
     out, err = capsys.readouterr()
     assert out == "" and "FSRRRSRR" in err
-    plan.cmd_plan(SimpleNamespace(**{**flags, "output": None}))
+    plan.cmd_plan(cli.build_parser().parse_args(line_of_flags.split()))
     assert Policy.from_dict(json.loads(capsys.readouterr().out)) == policy
 
 

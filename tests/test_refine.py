@@ -7,7 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from hylra_gguf import refine
+from profiles import make_profile
+from support import write_tiny_model
+
+from hylra_gguf import cli, refine
 from hylra_gguf.divergence import Divergence
 from hylra_gguf.policy import FULL, REUSE, SELECT, Policy
 
@@ -84,3 +87,19 @@ def test_layers_without_evidence_stay_full():
     start = policy([0, 0, -1, 3, 3, 3], overlap=evidence.ravel().tolist())
     for _, p in refine.neighbours(start, DEPTH, refine.reads(start, DEPTH)):
         assert p.layer_mode[2] == FULL and 2 not in p.layer_source
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--text a.txt", "--text has no effect without --refine"),
+    ("--minutes 3", "--minutes has no effect without --refine"),
+    ("-t 2", "--threads has no effect without --model or --refine"),
+    ("--refine m.gguf --sweep theta=0.5:0.9:0.1", "--refine has no policy to start from"),
+    ("--refine other.gguf", "the profile is of another model"),
+])
+def test_flags_that_do_not_fit_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_profile(np.full((4, 4), 0.9)).save("p.json")
+    write_tiny_model(tmp_path / "other.gguf")
+    assert cli.main(["plan", "p.json", *flags.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err.splitlines()[-1] and "Traceback" not in err

@@ -147,7 +147,7 @@ def test_a_choice_makes_the_policy_the_result(files, capsys):
     ("--sweep theta=0.5:0.9:0.1 -o q.json", "-o has no policy to write"),
     ("--sweep theta=0.5:0.9:0.1 -d 4096", "-d needs a cost model"),
     ("--target-speedup 1.2", "--target-speedup needs a cost model"),
-    ("--sweep theta=0.5:0.9:0.1 --cost cost.json -t 2", "--threads has no effect without --model"),
+    ("--sweep theta=0.5:0.9:0.1 --cost cost.json -t 2", "--threads has no effect without --model or --refine"),
     ("--sweep theta=0.5:0.9:0.1 --cost none.json", "none.json: cannot read the cost model"),
     ("--sweep theta=0.5 --cost cost.json", "--sweep theta=0.5: expected theta=LOW:HIGH:STEP"),
     ("--sweep theta=0.5:0.6:0.1 --max-loss 0.0001", "the least of the sweep is"),
