@@ -23,7 +23,7 @@ PROGRAM = "hylra-gguf"
 KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0")
 ARMS = ("stock-fa1", "stock-fa0", "full", "hylra")
 # flags that only matter when the policy is planned here; none may be given beside --policy
-PLANNING = ("file", "ctx_size", *PLAN_FLAGS)
+PLANNING = ("file", "ctx_size", "minutes", *PLAN_FLAGS)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -188,6 +188,8 @@ def _add_embed_policy(commands: Any) -> None:
     _add_text_flags(parser)
     _add_threads(parser)
     add_plan_flags(parser)
+    parser.add_argument("--minutes", type=number(0, math.inf, above=True), metavar="M",
+                        help="then refine the plan for M minutes, as plan --refine does (default: not)")
     _add_no_progress(parser)
 
 

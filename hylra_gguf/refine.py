@@ -15,9 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .divergence import Divergence, Judge
+from .forward import cpu_count
+from .plan import summary
 from .policy import FULL, REUSE, SELECT, Policy
 from .profile_data import Profile
-from .forward import cpu_count
 from .session import Model
 from .texts import calibration_text, read_texts
 
@@ -195,21 +196,32 @@ def refine(policy: Policy, compare, depth: int, budget_s: float, report, clock=t
 def cmd_refine(args, profile: Profile, policy: Policy) -> Policy:
     """Raises ProfileError if the profile is of another model."""
     profile.check_model(args.refine)
-    depth = args.ctx_size or max(profile.contexts) - N_TOKENS
-    budget_s = 60 * (args.minutes or DEFAULT_MINUTES)
-    with tqdm(total=None, unit="tok", desc="reading the texts", leave=False) as bar:
-        return refine_policy(policy, args.refine, args.text or [], depth, budget_s, args.threads or cpu_count(), bar.update)
+    depth = args.ctx_size or default_depth(profile)
+    return refine_policy(policy, args.refine, args.text or [], depth, args.minutes or DEFAULT_MINUTES, args.threads)
 
 
-def refine_policy(policy: Policy, model_path: str, text_paths: list[str], depth: int, budget_s: float, n_threads: int,
-                  progress=None) -> Policy:
+def default_depth(profile: Profile) -> int:
+    """The profile's longest context, less what is measured behind it."""
+    return max(profile.contexts) - N_TOKENS
+
+
+def refine_policy(policy: Policy, model_path: str, text_paths: list[str], depth: int, minutes: float, n_threads: int | None = None,
+                  progress: bool = True) -> Policy:
     """The refined policy, its gain in the tool line. depth: cached tokens before the measured ones; below min_context it counts too."""
     with Model(model_path) as model:
         texts = texts_for(model, text_paths, depth + N_TOKENS)
-        with Judge(model, texts, depth, N_TOKENS, policy, n_threads, progress) as judge:
-            found, path = refine(policy, lambda one: judge.compare(replace(one, min_context=0)), depth, budget_s, print_step)
+        with tqdm(total=depth * len(texts), unit="tok", desc="refine", disable=None if progress else True) as bar:
+            judge = Judge(model, texts, depth, N_TOKENS, policy, n_threads or cpu_count(), bar.update)
+        with judge:
+            found, path = refine(policy, lambda one: judge.compare(replace(one, min_context=0)), depth, 60 * minutes, print_step)
     gain = f", refined at {depth} tokens: KLD {path[0].held_out:.4f} to {path[-1].held_out:.4f} on tokens it did not see"
-    return replace(found, tool=found.tool + gain)
+    return replace(found, tool=found.tool + gain, summary=summary_of(found))
+
+
+def summary_of(policy: Policy) -> str:
+    ks = dict(enumerate(policy.layer_top_k or (policy.top_k,) * policy.layer_count))
+    ks = {layer: ks[layer] for layer, mode in enumerate(policy.layer_mode) if mode == SELECT}
+    return summary(list(policy.layer_source), evidence(policy), ks, policy.top_k, policy.similarity)
 
 
 def texts_for(model: Model, paths: list[str], n_tokens: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from . import engine
 from .errors import HylraError, ModelFileError
 
 N_UBATCH = 512  # prompt batch
+N_CTX_UNIT = 256  # llama.cpp rounds the context of a sequence up to it, and says so
 DECODE_TOKENS = 8  # the largest batch of one sequence that still runs sparse (TOKENS_PER_SEQUENCE in llama-hylra.cpp)
 
 
@@ -59,6 +60,7 @@ class Context:
     def __init__(self, model: Model, n_ctx: int, *, n_seq: int = 1, n_threads: int = 1, type_k: int = 1, type_v: int = 1,
                  flash_attn: bool = True):
         self.model, self.api = model, model.api
+        n_ctx = -(-n_ctx // N_CTX_UNIT) * N_CTX_UNIT
         params = self.api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, N_UBATCH, N_UBATCH, n_seq
         params.n_threads = params.n_threads_batch = n_threads
