@@ -1,30 +1,35 @@
-"""`hylra-gguf bench`: decode speed by depth, four arms alternating in one run; field names are those of llama-bench.
+"""`hylra-gguf bench`: decode speed by depth, arms alternating in one run; field names are those of llama-bench.
 
-Arms: stock-fa1 and stock-fa0 (llama.cpp with flash attention on and off; the faster one is the baseline), full (our dense
-kernel in every layer: the gain of the kernel alone) and hylra (the policy).
+Arms: stock-fa1 and stock-fa0 (llama.cpp with flash attention on and off; the faster one is the baseline), full (our dense kernel in
+every layer: the gain of the kernel alone) and hylra (the policy; hylra:NAME for each of several). Models whose cache cannot be
+rewound are refused.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
+import contextlib
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 from . import __version__, engine
-from .errors import HylraError, ModelFileError
-from .policy import FULL, Policy, read_policy
+from .divergence import dense_policy
+from .errors import HylraError, PolicyError, plain_os_errors
+from .files import replacing
+from .fill import SYNTHETIC, fill, make_tokens
 from .forward import GGML_TYPES, N_UBATCH, cpu_count
-from .texts import calibration_text
+from .policy import Policy, read_policy
+from .session import Context, Model
+from .tables import FORMATS
 
-DENSE_ARMS = ("stock-fa1", "stock-fa0")
+STOCK = {"stock-fa1": True, "stock-fa0": False}  # flash attention
+TEXT_DEPTH_TOKENS = 8192  # deepest cache that is read from text unless --fill says otherwise: minutes on two cores
+ALL_SEQUENCES = -1
 
 
 @dataclass(frozen=True)
@@ -34,95 +39,115 @@ class Arm:
     policy: Policy | None
 
 
-def dense_policy(policy: Policy) -> Policy:
-    """Our dense kernel in every layer, from the first token on."""
-    n = policy.layer_count
-    return replace(policy, layer_mode=(FULL,) * n, layer_source=(-1,) * n, head_map=None, min_context=0, overlap=None, sensitivity=None)
+# ---- arms
 
 
-def make_arms(names: list[str], policy: Policy) -> list[Arm]:
-    known = {
-        "stock-fa1": Arm("stock-fa1", True, None),
-        "stock-fa0": Arm("stock-fa0", False, None),
-        "full": Arm("full", True, dense_policy(policy)),
-        "hylra": Arm("hylra", True, policy),
-    }
-    return [known[name] for name in names]
+def make_arms(names: list[str], policies: dict[str, Policy]) -> list[Arm]:
+    """policies: name -> policy. Raises HylraError if an arm needs one and there is none."""
+    arms = []
+    for name in dict.fromkeys(names):
+        if name in STOCK:
+            arms.append(Arm(name, STOCK[name], None))
+        elif not policies:
+            raise HylraError(f"arm {name} needs a policy and the model carries none; embed one with hylra-gguf embed-policy, "
+                             f"give --policy FILE, or leave it out with --arms {','.join(STOCK)}")
+        elif name == "full":
+            arms.append(Arm(name, True, dense_policy(next(iter(policies.values())))))
+        else:
+            arms += [Arm(name if len(policies) == 1 else f"{name}:{label}", True, policy) for label, policy in policies.items()]
+    return arms
 
 
-class Decoder:
-    """One context whose cache is filled once and rewound after each timed run."""
-
-    def __init__(self, api, model, path: str, flash_attn: bool, n_ctx: int, args, n_seq_max: int = 1):
-        self.api = api
-        params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, N_UBATCH, N_UBATCH, n_seq_max
-        params.kv_unified = True  # sequences share one cache, so that cells can move between them
-        params.n_threads = params.n_threads_batch = args.threads or cpu_count()
-        params.type_k, params.type_v = GGML_TYPES[args.cache_type_k], GGML_TYPES[args.cache_type_v]
-        params.flash_attn_type = int(flash_attn)
-        self.ctx = api.llama_init_from_model(model, params)
-        if not self.ctx:
-            kind = f"KV {args.cache_type_k}/{args.cache_type_v}, flash attention {'on' if flash_attn else 'off'}"
-            raise HylraError(f"{path}: llama.cpp cannot open a context of {n_ctx} tokens with {kind}; leave that arm out with --arms")
-        self.n_filled = 0
-
-    def decode(self, tokens: list[int]) -> None:
-        array = (self.api.llama_token * len(tokens))(*tokens)
-        code = self.api.llama_decode(self.ctx, self.api.llama_batch_get_one(array, len(tokens)))
-        if code != 0:
-            raise HylraError(f"llama_decode stopped with code {code}")
-
-    def fill(self, tokens: list[int], depth: int) -> None:
-        for start in range(self.n_filled, depth, N_UBATCH):
-            self.decode(tokens[start : min(start + N_UBATCH, depth)])
-        self.n_filled = depth
-
-    def timed_ns(self, arm: Arm, tokens: list[int]) -> int:
-        """Nanoseconds for len(tokens) - 1 single-token steps; the first token warms up the graph of this arm."""
-        engine.set_policy(self.ctx, arm.policy)
-        self.decode(tokens[:1])
-        start = time.perf_counter_ns()
-        for token in tokens[1:]:
-            self.decode([token])
-        elapsed = time.perf_counter_ns() - start
-        self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.ctx), -1, self.n_filled, -1)
-        return elapsed
+def policies_of(args) -> dict[str, Policy]:
+    """Named after their files; the file's own policy if none is given."""
+    if not args.policy:
+        own = read_policy(args.model)
+        return {} if own is None else {"own": own}
+    stems = [Path(path).stem for path in args.policy]
+    names = stems if len(set(stems)) == len(stems) else args.policy
+    if len(set(names)) < len(names):
+        raise HylraError(f"--policy {' --policy '.join(args.policy)}: the same file twice; name each once")
+    return {name: Policy.load(path) for name, path in zip(names, args.policy)}
 
 
-class Model:
-    """The model file with everything that a row says about it."""
+def check_policies(arms: list[Arm], contexts: dict[bool, Context]) -> None:
+    """Before minutes of filling. Raises PolicyError for one that does not fit the model; leaves every context dense."""
+    for arm in arms:
+        try:
+            engine.set_policy(contexts[arm.flash_attn].ctx, arm.policy)
+        except PolicyError as error:
+            raise PolicyError(f"arm {arm.name}: {error}") from None
+    for context in contexts.values():
+        engine.set_policy(context.ctx, None)
 
-    def __init__(self, api, path: str):
-        from llama_cpp._logger import set_verbose
 
-        set_verbose(False)
-        api.llama_backend_init()
-        self.api, self.path = api, path
-        self.handle = api.llama_model_load_from_file(os.fsencode(path), api.llama_model_default_params())
-        if not self.handle:
-            raise ModelFileError(f"{path}: llama.cpp cannot load this model; check that the GGUF file is whole")
+# ---- measuring
 
-    def tokens(self, count: int) -> list[int]:
-        text = calibration_text(count * 8)[0].encode()
-        room = (self.api.llama_token * (len(text) + 8))()
-        vocab = self.api.llama_model_get_vocab(self.handle)
-        n = self.api.llama_tokenize(vocab, text, len(text), room, len(room), True, False)
-        if n <= 0:
-            raise ModelFileError(f"{self.path}: this model has no tokenizer; bench needs one")
-        return (list(room[:n]) * (count // n + 1))[:count]
 
-    def facts(self) -> dict:
-        import ctypes
+def is_synthetic(args) -> bool:
+    """As asked; else for one sequence deeper than TEXT_DEPTH_TOKENS."""
+    if args.fill:
+        return args.fill == SYNTHETIC
+    return args.n_seq == 1 and max(args.n_depth) > TEXT_DEPTH_TOKENS
 
-        name = ctypes.create_string_buffer(128)
-        self.api.llama_model_desc(self.handle, name, len(name))
-        return {
-            "model_filename": Path(self.path).name,
-            "model_type": name.value.decode(),
-            "model_size": self.api.llama_model_size(self.handle),
-            "model_n_params": self.api.llama_model_n_params(self.handle),
-        }
+
+def open_context(model: Model, flash_attn: bool, n_ctx: int, args) -> Context:
+    try:
+        return Context(model, n_ctx, n_seq=args.n_seq, n_threads=args.threads or cpu_count(), type_k=GGML_TYPES[args.cache_type_k],
+                       type_v=GGML_TYPES[args.cache_type_v], flash_attn=flash_attn, scratch=is_synthetic(args) and args.n_seq == 1)
+    except HylraError as error:
+        raise HylraError(f"{error}, or leave that arm out with --arms") from None
+
+
+def timed_ns(context: Context, policy: Policy | None, tokens: list[int], depth: int) -> int:
+    """Nanoseconds for len(tokens) - 1 steps of all sequences; the first token warms up the graph. Leaves `depth` tokens."""
+    engine.set_policy(context.ctx, policy)
+    context.step(tokens[0], depth)
+    start = time.perf_counter_ns()
+    for pos, token in enumerate(tokens[1:], depth + 1):
+        context.step(token, pos)
+    elapsed = time.perf_counter_ns() - start
+    context.rewind(depth, ALL_SEQUENCES)
+    return elapsed
+
+
+def measure(arms: list[Arm], contexts: dict[bool, Context], tokens: list[int], depth: int, repetitions: int,
+            report: Callable[[str], None]) -> list[tuple[Arm, list[int], dict]]:
+    """(arm, nanoseconds of each repetition, status of HyLRA after the last); the arms take turns, repetition by repetition."""
+    times_ns: list[list[int]] = [[] for _ in arms]
+    status = [{} for _ in arms]
+    for repetition in range(repetitions):
+        for at, arm in enumerate(arms):
+            report(f"depth {depth}, {arm.name}, repetition {repetition + 1}")
+            context = contexts[arm.flash_attn]
+            times_ns[at].append(timed_ns(context, arm.policy, tokens[depth:], depth))
+            status[at] = engine.status(context.ctx)
+    return list(zip(arms, times_ns, status))
+
+
+def run(args, report: Callable[[str], None]) -> list[dict]:
+    """One row per depth and arm. Caches are filled once, to the deepest depth, and cut back for the others."""
+    arms = make_arms(args.arms, policies_of(args))
+    depths = sorted(set(args.n_depth), reverse=True)
+    with Model(args.model) as model, contextlib.ExitStack() as stack:
+        n_ctx = depths[0] + args.n_gen + 1
+        contexts = {on: stack.enter_context(open_context(model, on, n_ctx, args)) for on in {arm.flash_attn: None for arm in arms}}
+        check_policies(arms, contexts)
+        tokens, source = make_tokens(model, n_ctx)
+        for on, context in contexts.items():
+            report(f"filling {depths[0]} tokens, flash attention {'on' if on else 'off'}")
+            source = SYNTHETIC if fill(context, tokens, depths[0], is_synthetic(args)) else source
+        common = {**facts_of_machine(args), **facts_of_model(model), "fill": source}
+        rows = []
+        for depth in depths:
+            for context in contexts.values():
+                context.rewind(depth, ALL_SEQUENCES)
+            found = measure(arms, contexts, tokens[:depth + args.n_gen + 1], depth, args.repetitions, report)
+            rows += [row(common, arm, depth, args, samples_ns, status) for arm, samples_ns, status in found]
+    return with_ratios(sorted(rows, key=lambda one: one["n_depth"]))
+
+
+# ---- rows
 
 
 def cpu_info() -> str:
@@ -138,39 +163,6 @@ def commit() -> str:
     folder = Path(__file__).resolve().parent
     done = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else __version__
-
-
-def policy_of(args) -> Policy:
-    policy = Policy.load(args.policy) if args.policy else read_policy(args.model)
-    if policy is None:
-        raise HylraError(f"{args.model} carries no policy; run `hylra-gguf embed-policy {args.model}` first, or give --policy FILE")
-    return policy
-
-
-def run(args, report) -> list[dict]:
-    """One row per depth and arm. At each depth the arms take turns, repetition by repetition."""
-    policy = policy_of(args)
-    arms = make_arms(args.arms, policy)
-    model = Model(engine.activate(), args.model)
-    depths = sorted(set(args.n_depth))
-    n_ctx = depths[-1] + args.n_gen + 1
-    tokens = model.tokens(n_ctx)
-    decoders = {fa: Decoder(model.api, model.handle, args.model, fa, n_ctx, args) for fa in {arm.flash_attn for arm in arms}}
-    common = {**facts_of_machine(args), **model.facts()}
-    rows = []
-    for depth in depths:
-        for fa, decoder in decoders.items():
-            report(f"filling {depth} tokens, flash attention {'on' if fa else 'off'}")
-            engine.set_policy(decoder.ctx, None)
-            decoder.fill(tokens, depth)
-        times: dict[str, list[int]] = {arm.name: [] for arm in arms}
-        for repetition in range(args.repetitions):
-            for arm in arms:
-                report(f"depth {depth}, {arm.name}, repetition {repetition + 1}")
-                times[arm.name].append(decoders[arm.flash_attn].timed_ns(arm, tokens[depth : depth + args.n_gen + 1]))
-                times.setdefault(f"{arm.name} status", []).append(engine.status(decoders[arm.flash_attn].ctx))
-        rows += [row(common, arm, depth, args, times) for arm in arms]
-    return with_ratios(rows)
 
 
 def facts_of_machine(args) -> dict:
@@ -189,61 +181,97 @@ def facts_of_machine(args) -> dict:
     }
 
 
-def row(common: dict, arm: Arm, depth: int, args, times: dict) -> dict:
-    samples_ns = times[arm.name]
-    samples_ts = [args.n_gen * 1e9 / ns for ns in samples_ns]
-    status = times[f"{arm.name} status"][-1]
+def facts_of_model(model: Model) -> dict:
+    import ctypes
+
+    name = ctypes.create_string_buffer(128)
+    model.api.llama_model_desc(model.handle, name, len(name))
+    return {
+        "model_filename": Path(model.path).name,
+        "model_type": name.value.decode(),
+        "model_size": model.api.llama_model_size(model.handle),
+        "model_n_params": model.api.llama_model_n_params(model.handle),
+    }
+
+
+def row(common: dict, arm: Arm, depth: int, args, samples_ns: list[int], status: dict) -> dict:
+    """Speeds are tokens/s over all sequences; n_gen is per sequence and repetition, n_generated what was timed in all."""
+    samples_ts = [args.n_seq * args.n_gen * 1e9 / ns for ns in samples_ns]
     return {
         **common,
         "flash_attn": int(arm.flash_attn),
         "n_prompt": 0,
         "n_gen": args.n_gen,
         "n_depth": depth,
+        "n_seq": args.n_seq,
+        "n_generated": args.n_seq * args.n_gen * len(samples_ns),
         "arm": arm.name,
         "hylra_on": status["on"],
         "hylra_sparse_steps": status["sparse_steps"],
         "policy": arm.policy.layer_map() if arm.policy else "",
         "top_k": arm.policy.top_k if arm.policy else 0,
         "avg_ns": round(statistics.mean(samples_ns)),
-        "stddev_ns": round(statistics.stdev(samples_ns)) if len(samples_ns) > 1 else 0,
+        "stddev_ns": round(spread(samples_ns)),
         "avg_ts": round(statistics.mean(samples_ts), 3),
-        "stddev_ts": round(statistics.stdev(samples_ts), 3) if len(samples_ts) > 1 else 0.0,
+        "stddev_ts": round(spread(samples_ts), 3),
+        "median_ts": round(statistics.median(samples_ts), 3),
+        "min_ts": round(min(samples_ts), 3),
+        "max_ts": round(max(samples_ts), 3),
         "samples_ns": samples_ns,
+        "samples_ts": [round(ts, 3) for ts in samples_ts],
     }
 
 
+def spread(samples: list) -> float:
+    return statistics.stdev(samples) if len(samples) > 1 else 0.0
+
+
 def with_ratios(rows: list[dict]) -> list[dict]:
-    """`speedup`: against the faster stock arm of the same depth; absent if no stock arm ran."""
+    """`speedup`: of medians, against the faster stock arm of the same depth; None if no stock arm ran."""
     for one in rows:
-        stock = [r["avg_ts"] for r in rows if r["n_depth"] == one["n_depth"] and r["arm"] in DENSE_ARMS]
-        if stock:
-            one["speedup"] = round(one["avg_ts"] / max(stock), 3)
+        stock = [r["median_ts"] for r in rows if r["n_depth"] == one["n_depth"] and r["arm"] in STOCK]
+        one["speedup"] = round(one["median_ts"] / max(stock), 3) if stock else None
     return rows
 
 
 # ---- output
 
-COLUMNS = ("model_type", "arm", "type_k", "type_v", "n_threads", "n_depth", "n_gen", "avg_ts", "stddev_ts", "speedup", "hylra_on", "hylra_sparse_steps")
+COLUMNS = ("model_type", "arm", "type_k", "type_v", "n_threads", "n_seq", "n_depth", "fill", "n_generated", "median_ts", "min_ts",
+           "max_ts", "speedup", "hylra_on", "hylra_sparse_steps")
 
 
-def to_md(rows: list[dict]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(r.get(c, "")) for c in COLUMNS) + " |" for r in rows]
-    return "\n".join(lines)
+def to_text(rows: list[dict], kind: str) -> str:
+    """md: COLUMNS; csv: all but the samples; json: everything."""
+    if kind == "md":
+        rows = [{name: "" if one[name] is None else one[name] for name in COLUMNS} for one in rows]
+    elif kind == "csv":
+        rows = [{name: value for name, value in one.items() if not isinstance(value, list)} for one in rows]
+    return FORMATS[kind](rows)
 
 
-def to_csv(rows: list[dict]) -> str:
-    out = io.StringIO()
-    names = [name for name in rows[0] if name != "samples_ns"]
-    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue().rstrip()
+def write_png(rows: list[dict], path: str) -> None:
+    """Tokens/s against depth, a line per arm and its fastest and slowest repetition around it."""
+    from .report import load_plots
 
-
-FORMATS = {"md": to_md, "csv": to_csv, "json": lambda rows: json.dumps(rows, indent=2)}
+    plots = load_plots()
+    lines = {arm: [[one[name] for one in rows if one["arm"] == arm] for name in ("median_ts", "min_ts", "max_ts")]
+             for arm in dict.fromkeys(one["arm"] for one in rows)}
+    first = rows[0]
+    title = f"{first['model_type']}, KV {first['type_k']}/{first['type_v']}, {first['n_threads']} threads"
+    if first["n_seq"] > 1:
+        title += f", {first['n_seq']} sequences"
+    depths = sorted({one["n_depth"] for one in rows})
+    with plots.plain_style(), plain_os_errors(path), replacing(path) as fd, open(fd, "wb", closefd=False) as file:
+        file.write(plots.png(plots.speeds(depths, lines, title, f"median tokens/s ({first['fill']} cache)")))
 
 
 def cmd_bench(args) -> None:
+    if args.png:
+        from .report import load_plots
+
+        load_plots()  # refused before minutes of measuring
     report = (lambda line: None) if args.no_progress else (lambda line: print(line, file=sys.stderr))
-    print(FORMATS[args.format](run(args, report)))
+    rows = run(args, report)
+    print(to_text(rows, args.format))
+    if args.png:
+        write_png(rows, args.png)

@@ -21,6 +21,7 @@ from .policy import Policy, require_policy
 
 PROGRAM = "hylra-gguf"
 KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0")
+FILLS = ("text", "synthetic")
 ARMS = ("stock-fa1", "stock-fa0", "full", "hylra")
 # flags that only matter when the policy is planned here; none may be given beside --policy
 PLANNING = ("file", "ctx_size", "minutes", *PLAN_FLAGS)
@@ -240,8 +241,13 @@ def _add_bench(commands: Any) -> None:
     types = dict(metavar="TYPE", choices=KV_TYPES, default="f16", help=f"{' '.join(KV_TYPES)} (default f16)")
     parser.add_argument("-ctk", "--cache-type-k", **types)
     parser.add_argument("-ctv", "--cache-type-v", **types)
-    _add_policy_override(parser)
+    parser.add_argument("-np", "--n-seq", type=count(1), metavar="N", default=1,
+                        help="sequences decoded in one batch, each as deep as -d says (default 1)")
+    parser.add_argument("--fill", choices=FILLS, help="read text, or copy 256 tokens: seconds, and the rows say so (default: text, but "
+                        "synthetic for one sequence beyond 8192 tokens)")
+    parser.add_argument("--policy", metavar="FILE", action="append", help="this policy, not the one in MODEL; repeat to compare several")
     parser.add_argument("--arms", type=list_of(one_of(ARMS)), metavar="LIST", default=list(ARMS), help=f"default {','.join(ARMS)}")
+    parser.add_argument("--png", metavar="FILE", help="draw tokens/s against depth; needs pip install 'hylra-gguf[report]'")
     _add_format(parser, ("md", "csv", "json"))
     _add_no_progress(parser)
 

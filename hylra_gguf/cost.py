@@ -6,23 +6,27 @@ layers); stock likewise, per arm. One sequence, one list of cells per layer, F16
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Dict, Sequence
+from typing import Dict, Sequence
 
 import numpy as np
 
+from . import engine
+from .bench import STOCK, Arm, cpu_info, timed_ns
 from .errors import HylraError, plain_os_errors
 from .files import replacing
+from .fill import fill, make_tokens
+from .forward import cpu_count
 from .policy import FULL, REUSE, SELECT, Policy
 from .profile_data import Profile
+from .session import Context, Model
 
 DEPTHS_TOKENS = (2048, 8192)  # apart enough for a slope, deep enough that the cache does not fit into the processor's
 TOP_K = 1024
-SEED_TOKENS = 256  # tokens that are really read; the rest of the cache are copies
 ROUNDS, STEPS = 6, 3
 DEEPEST_TOKENS = 1 << 20  # what does not pay up to here does not pay
 
@@ -161,58 +165,27 @@ def measure(model_path: str, profile: Profile, threads: int | None, report=lambd
 
     Raises ProfileError if the model is not the one of the profile.
     """
-    from . import bench, engine
-
     profile.check_model(model_path)
-    args = SimpleNamespace(threads=threads, cache_type_k="f16", cache_type_v="f16")
-    model = bench.Model(engine.activate(), model_path)
-    tokens = model.tokens(SEED_TOKENS)
-    stock = [bench.Arm("stock-fa1", True, None), bench.Arm("stock-fa0", False, None)]
-    arms = stock + [bench.Arm(name, True, policy) for name, policy in probes(profile).items()]
-    decoders = {on: bench.Decoder(model.api, model.handle, model_path, on, DEPTHS_TOKENS[-1] + SEED_TOKENS, args, n_seq_max=2)
-                for on in (True, False)}
-    seeds = {on: read_seed(decoder, tokens) for on, decoder in decoders.items()}
-    points = []
-    for depth in DEPTHS_TOKENS:
-        for on, decoder in decoders.items():
-            engine.set_policy(decoder.ctx, None)
-            fill(decoder, seeds[on], tokens, depth)
-        report(f"cost: timing {len(arms)} arms at {depth} tokens")
-        points += [(arm.name, arm.policy, depth, seconds) for arm, seconds in timed(arms, decoders, tokens[:STEPS + 1])]
-    note = f"{Path(model_path).name}, {bench.cpu_info()}, {bench.facts_of_machine(args)['n_threads']} threads"
-    return fit_model(points, profile, note)
+    n_threads = threads or cpu_count()
+    arms = [Arm(name, flash_attn, None) for name, flash_attn in STOCK.items()]
+    arms += [Arm(name, True, policy) for name, policy in probes(profile).items()]
+    deepest, points = max(DEPTHS_TOKENS), []
+    with Model(model_path) as model, contextlib.ExitStack() as stack:
+        tokens, _ = make_tokens(model, deepest)
+        contexts = {on: stack.enter_context(Context(model, deepest + STEPS + 1, n_threads=n_threads, flash_attn=on, scratch=True))
+                    for on in (True, False)}
+        for context in contexts.values():
+            engine.set_policy(context.ctx, None)
+            fill(context, tokens, deepest, synthetic=True)
+        for depth in sorted(DEPTHS_TOKENS, reverse=True):
+            report(f"cost: timing {len(arms)} arms at {depth} tokens")
+            points += [(arm.name, arm.policy, depth, seconds) for arm, seconds in timed(arms, contexts, tokens[:STEPS + 1], depth)]
+    return fit_model(points, profile, f"{Path(model_path).name}, {cpu_info()}, {n_threads} threads")
 
 
-def timed(arms: list, decoders: Dict[bool, Any], tokens: list[int]) -> list[tuple[Any, float]]:
+def timed(arms: list[Arm], contexts: Dict[bool, Context], tokens: list[int], depth: int) -> list[tuple[Arm, float]]:
     """(arm, seconds per step): the arms take turns, and the fastest round counts, since other programs only slow a step down."""
-    rounds = [[decoders[arm.flash_attn].timed_ns(arm, tokens) for arm in arms] for _ in range(ROUNDS)]
+    for context in contexts.values():
+        context.rewind(depth)
+    rounds = [[timed_ns(contexts[arm.flash_attn], arm.policy, tokens, depth) for arm in arms] for _ in range(ROUNDS)]
     return [(arm, min(times) / 1e9 / (len(tokens) - 1)) for arm, times in zip(arms, zip(*rounds))]
-
-
-def read_seed(decoder, tokens: list[int]):
-    """Reads the tokens and returns the cells of sequence 0, None for a cache that cannot shift the positions of copies."""
-    import ctypes
-
-    decoder.fill(tokens, len(tokens))
-    if not decoder.api.llama_memory_can_shift(decoder.api.llama_get_memory(decoder.ctx)):
-        return None
-    size_bytes = decoder.api.llama_state_seq_get_size(decoder.ctx, 0)
-    seed = (ctypes.c_uint8 * size_bytes)()
-    decoder.api.llama_state_seq_get_data(decoder.ctx, seed, size_bytes, 0)
-    return seed
-
-
-def fill(decoder, seed, tokens: list[int], depth: int) -> None:
-    """Fills sequence 0 up to depth with copies of its first cells, moved on: step times depend on how many cells there are, not on
-    what they hold. Without a seed the tokens are read again and again, which takes its time."""
-    if seed is None:
-        return decoder.fill((tokens * (depth // len(tokens) + 1))[:depth], depth)
-    api, memory = decoder.api, decoder.api.llama_get_memory(decoder.ctx)
-    while decoder.n_filled < depth:
-        if not api.llama_state_seq_set_data(decoder.ctx, seed, len(seed), 1):
-            raise HylraError("cost: llama.cpp does not restore the state of a sequence of this model; plan without --model")
-        api.llama_memory_seq_add(memory, 1, -1, -1, decoder.n_filled)
-        api.llama_memory_seq_cp(memory, 1, 0, -1, -1)
-        api.llama_memory_seq_rm(memory, 1, -1, -1)
-        decoder.n_filled += len(tokens)
-    return None

@@ -1,4 +1,4 @@
-"""The figures of `report`: one function per figure, plain numbers in, a matplotlib figure out; needs the extra `report`.
+"""The figures of `report` and `bench`: one function per figure, plain numbers in, a matplotlib figure out; needs the extra `report`.
 
 Narrow, with large type, so that a phone shows them whole; None or NaN is what was not measured and stays blank.
 """
@@ -20,6 +20,7 @@ WIDTH_INCH, DPI = 5.2, 150
 # colours that people with any colour vision tell apart (Okabe and Ito)
 COLOURS = {"F": "#7f7f7f", "S": "#d55e00", "R": "#0072b2"}
 LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+ARMS = {"stock-fa1": "#7f7f7f", "stock-fa0": "#000000", "full": "#e69f00", "hylra": "#d55e00"}
 NAMES = {"F": "full", "S": "select", "R": "reuse"}
 STYLE = {"font.size": 9.5, "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "figure.constrained_layout.use": True, "text.parse_math": False}
@@ -213,4 +214,21 @@ def frontier(theta: List[float], full: List[int], select: List[int], smallest: N
         for ax, label in ((above, "this plan"), (below, None)):
             ax.axvline(np.interp(chosen, theta, at), color="black", linewidth=1, linestyle=":", label=label)
     figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speeds(depths: List[int], lines: Dict[str, List[Numbers]], title: str, label: str) -> Figure:
+    """lines: arm -> [middle, low, high], each with one speed per depth"""
+    figure, ax = axes(title, 3.4)
+    for number, (name, (middle, low, high)) in enumerate(lines.items()):
+        colour = ARMS.get(name, LINES[number % len(LINES)])
+        ax.plot(depths, values(middle), color=colour, marker=".", label=name)
+        ax.fill_between(depths, values(low), values(high), color=colour, alpha=0.18, linewidth=0)
+    ax.set(xlabel="cached tokens", ylabel=label)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    figure.legend(loc="outside lower center", ncols=min(3, len(lines)))
     return figure

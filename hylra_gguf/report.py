@@ -225,7 +225,7 @@ def load_plots() -> Any:
         from . import plots
     except ImportError as error:
         raise HylraError(f"the pictures need matplotlib ({error}); pip install 'hylra-gguf[report]', "
-                         "or leave -o and --png out for the numbers as text") from None
+                         "or take the numbers as text alone") from None
     return plots
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import engine
+from .attention_trace import KV_TYPES
 from .errors import HylraError, ModelFileError
 
 N_UBATCH = 512  # prompt batch
@@ -55,22 +56,27 @@ class Model:
 
 
 class Context:
-    """A context of n_seq sequences, each with a cache of n_ctx tokens of its own."""
+    """A context of n_seq sequences, each with a cache of n_ctx tokens of its own.
+
+    scratch: one sequence more that shares the cache of a single one, so that cells can be copied within it (fill.py).
+    """
 
     def __init__(self, model: Model, n_ctx: int, *, n_seq: int = 1, n_threads: int = 1, type_k: int = 1, type_v: int = 1,
-                 flash_attn: bool = True):
-        self.model, self.api = model, model.api
+                 flash_attn: bool = True, scratch: bool = False):
+        self.model, self.api, self.n_seq, self.scratch = model, model.api, n_seq, scratch
         n_ctx = -(-n_ctx // N_CTX_UNIT) * N_CTX_UNIT
         params = self.api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, N_UBATCH, N_UBATCH, n_seq
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, N_UBATCH, N_UBATCH, n_seq + scratch
+        params.kv_unified = scratch
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_k, type_v
         params.flash_attn_type = int(flash_attn)
         params.swa_full = True  # a sliding-window cache must survive a rewind
         self.ctx = self.api.llama_init_from_model(model.handle, params)
         if not self.ctx:
-            raise HylraError(f"{model.path}: llama.cpp cannot open a context of {n_ctx * n_seq} tokens with KV types {type_k}/{type_v}, "
-                             f"flash attention {'on' if flash_attn else 'off'}; use a shorter one")
+            raise HylraError(f"{model.path}: llama.cpp cannot open a context of {n_ctx * n_seq} tokens with "
+                             f"KV {KV_TYPES[type_k].lower()}/{KV_TYPES[type_v].lower()}, flash attention {'on' if flash_attn else 'off'}; use a shorter one")
+        self.memory = self.api.llama_get_memory(self.ctx)
         self.batch = self.api.llama_batch_init(N_UBATCH, 0, 1)
 
     def __enter__(self) -> Context:
@@ -82,15 +88,23 @@ class Context:
 
     def decode(self, tokens: list[int], first_pos: int, seq: int = 0, logits: bool = False) -> None:
         """One llama_decode of at most N_UBATCH tokens; logits: of every token, else of none but the last."""
+        last = len(tokens) - 1
+        self._decode([(token, first_pos + i, seq, logits or i == last) for i, token in enumerate(tokens)])
+
+    def step(self, token: int, pos: int) -> None:
+        """The next token of every sequence, in one llama_decode."""
+        self._decode([(token, pos, seq, True) for seq in range(self.n_seq)])
+
+    def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
+        """entries: (token, position, sequence, whether its logits are wanted)"""
         batch = self.batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first_pos + i, 1
+        batch.n_tokens = len(entries)
+        for i, (token, pos, seq, logits) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, pos, 1, logits
             batch.seq_id[i][0] = seq
-            batch.logits[i] = logits or i == len(tokens) - 1
         code = self.api.llama_decode(self.ctx, batch)
         if code != 0:
-            raise HylraError(f"{self.model.path}: llama_decode stopped with code {code} at token {first_pos}")
+            raise HylraError(f"{self.model.path}: llama_decode stopped with code {code} at token {entries[0][1]}")
 
     def prefill(self, tokens: list[int], first_pos: int = 0, seq: int = 0, progress=None) -> None:
         for start in range(0, len(tokens), N_UBATCH):
@@ -100,8 +114,8 @@ class Context:
                 progress(len(part))
 
     def rewind(self, n_tokens: int, seq: int = 0) -> None:
-        """Forgets what follows the first n_tokens of a sequence. Raises HylraError where the cache cannot (recurrent layers)."""
-        if not self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.ctx), seq, n_tokens, -1):
+        """Forgets what follows the first n_tokens of a sequence, or of all with seq = -1. Raises HylraError where the cache cannot (recurrent layers)."""
+        if not self.api.llama_memory_seq_rm(self.memory, seq, n_tokens, -1):
             raise HylraError(f"{self.model.path}: the cache of this architecture cannot be rewound; it cannot be measured this way")
 
     def logits(self, n_rows: int) -> np.ndarray:

@@ -182,6 +182,8 @@ ERRORS = [
     ("bench model.gguf -d 1,x", "argument -d/--n-depth: 'x' is no whole number"),
     ("bench model.gguf -d 0 --arms dense", "argument --arms: 'dense' is none of stock-fa1, stock-fa0, full, hylra"),
     ("bench model.gguf -d 0 -o xml", "invalid choice: 'xml'"),
+    ("bench model.gguf -d 0 -np 0", "argument -np/--n-seq: '0' is no whole number from 1"),
+    ("bench model.gguf -d 0 --fill zeros", "argument --fill: invalid choice: 'zeros'"),
 ]
 
 
@@ -221,9 +223,10 @@ def test_help_and_version(capsys):
     ("run m.gguf -p hi -n 5 -c 64 -t 1 --policy p.json --no-hylra --temp 0.5 --seed 3 --chat", "generate", "cmd_run",
      dict(model="m.gguf", prompt="hi", file=None, n_predict=5, ctx_size=64, threads=1, policy="p.json", no_hylra=True, temp=0.5,
           seed=3, chat=True)),
-    ("bench m.gguf -d 0,4096 -n 8 -r 2 -t 2 -ctk q8_0 -ctv f16 --policy p.json --arms full,hylra -o csv", "bench", "cmd_bench",
+    ("bench m.gguf -d 0,4096 -n 8 -r 2 -t 2 -ctk q8_0 -ctv f16 --policy p.json --arms full,hylra -np 4 --fill text "
+     "--policy q.json --png s.png -o csv", "bench", "cmd_bench",
      dict(model="m.gguf", n_depth=[0, 4096], n_gen=8, repetitions=2, threads=2, cache_type_k="q8_0", cache_type_v="f16",
-          policy="p.json", arms=["full", "hylra"], format="csv")),
+          policy=["p.json", "q.json"], arms=["full", "hylra"], n_seq=4, fill="text", png="s.png", format="csv")),
     ("env", "engine", "cmd_env", {}),
 ])
 def test_flags_reach_the_other_commands(line, module, function, expected, folder, capsys, monkeypatch):

@@ -13,7 +13,9 @@ from hylra_gguf import cost
 from hylra_gguf.cost import CostModel
 from hylra_gguf.errors import HylraError
 from hylra_gguf.policy import Policy
+from hylra_gguf.profile_data import model_identity
 from profiles import make_profile
+from support import write_tiny_model
 from test_plan import GEMMA, line
 
 ALL = [True] * 8
@@ -140,23 +142,8 @@ def test_other_files_are_refused(text, words, tmp_path):
         cost.load(str(tmp_path / "cost.json"), make_profile(line(8)))
 
 
-def test_a_cache_is_filled_with_copies(tmp_path):
-    """The real measurement on a tiny model: what decode reads is as deep as asked, and later steps cost no less than earlier ones."""
-    from types import SimpleNamespace
-
-    from hylra_gguf import bench, engine
-    from support import random_tokens, write_tiny_model
-
+def test_the_measurement_on_a_tiny_model_gives_a_cost_model_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "DEPTHS_TOKENS", (300, 600))
     path = str(write_tiny_model(tmp_path / "tiny.gguf"))
-    model = bench.Model(engine.activate(), path)
-    args = SimpleNamespace(threads=1, cache_type_k="f16", cache_type_v="f16")
-    tokens = random_tokens(64)
-    for flash_attn in (True, False):
-        decoder = bench.Decoder(model.api, model.handle, path, flash_attn, 1024, args, n_seq_max=2)
-        seed = cost.read_seed(decoder, tokens)
-        for depth in (64, 640):
-            cost.fill(decoder, seed, tokens, depth)
-            memory = model.api.llama_get_memory(decoder.ctx)
-            assert (decoder.n_filled, model.api.llama_memory_seq_pos_max(memory, 0)) == (depth, depth - 1)
-            assert model.api.llama_memory_seq_pos_max(memory, 1) == -1
-            assert decoder.timed_ns(bench.Arm("stock", flash_attn, None), tokens[:3]) > 0
+    found = cost.measure(path, make_profile(line(4), identity=model_identity(path)), 1)
+    assert found.layer_count == 4 and set(found.stock) == {"stock-fa1", "stock-fa0"} and found.stock_s(600) > 0
