@@ -27,7 +27,7 @@ def make_tokens(model: Model, count: int) -> tuple[list[int], str]:
     return (tokens * (count // len(tokens) + 1))[:count], TEXT
 
 
-def fill(context: Context, tokens: list[int], depth: int, synthetic: bool, progress=None) -> bool:
+def fill(context: Context, tokens: list[int], depth: int, synthetic: bool) -> bool:
     """Puts `depth` tokens into every sequence, the same into each; returns whether they are copies.
 
     The policy of the context must be off. Raises HylraError for copies in a context without scratch sequence.
@@ -36,7 +36,7 @@ def fill(context: Context, tokens: list[int], depth: int, synthetic: bool, progr
         raise HylraError(f"a synthetic fill is for one sequence, not {context.n_seq}; fill with text")
     made = synthetic and depth > SEED_TOKENS and fill_with_copies(context, tokens[:SEED_TOKENS], depth)
     if not made:
-        context.prefill(tokens[:depth], progress=progress)
+        context.prefill(tokens[:depth])
     for seq in range(1, context.n_seq):
         context.api.llama_memory_seq_cp(context.memory, 0, seq, -1, -1)
     return made
