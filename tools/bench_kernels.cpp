@@ -155,7 +155,8 @@ struct bench {
     }
 
     void attend(const hylra_job & job, int ith, int nth) const {
-        for (int task = ith; task < hylra_n_task(job); task += nth) { kernels.attend(job, task); }
+        const int n_task = hylra_n_task(job);
+        for (int task = n_task*ith/nth; task < n_task*(ith + 1)/nth; ++task) { kernels.attend(job, task); }
     }
 
     void reduce(const hylra_job & job, int ith, int nth) {

@@ -17,7 +17,7 @@
 constexpr float HYLRA_SCORE_HIDDEN = -1.0f; // the mask does not let the cell through
 constexpr float HYLRA_SCORE_FORCED =  2.0f; // added to the mass of a sink or recent cell
 
-constexpr int HYLRA_TILE_CELLS = 64;  // cells between two steps of the online softmax; their K and V fit the first-level cache
+constexpr int HYLRA_TILE_CELLS = 32;  // cells between two steps of the online softmax; their K and V fit the first-level cache
 constexpr int HYLRA_MAX_CHUNKS = 32;  // a chunk holds whole tiles
 constexpr int HYLRA_MAX_EMBD   = 640; // largest head size, MLA (576) included
 constexpr int HYLRA_MAX_TOKENS = 64;  // largest batch that counts as decode, per stream

@@ -12,10 +12,10 @@
 constexpr int POOL_CELLS = 4096; // cells per pooling task
 
 // Cells of a chunk when n cells are attended to: at most HYLRA_MAX_CHUNKS chunks, for threads to share and yet few enough partial results;
-// at least 2 tiles each, since the first rows of a chunk come from memory with nothing to compute meanwhile.
+// at least 4 tiles each, since the first rows of a chunk come from memory with nothing to compute meanwhile.
 static int chunk_cells(int n) {
     const int tiles = (hylra_n_tile(n) + HYLRA_MAX_CHUNKS - 1)/HYLRA_MAX_CHUNKS;
-    return std::max(2, tiles)*HYLRA_TILE_CELLS;
+    return std::max(4, tiles)*HYLRA_TILE_CELLS;
 }
 
 static int chunk_count(int n) { return (n + chunk_cells(n) - 1)/chunk_cells(n); }
@@ -176,7 +176,9 @@ hylra_job hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, con
 
 void hylra_node_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const hylra_job job = hylra_job_of_node(*(const hylra_op *) userdata, dst, nullptr);
-    for (int task = ith; task < hylra_n_task(job); task += nth) {
+    // neighbouring chunks to the same thread: at the end of one the first rows of the next are fetched already
+    const int n_task = hylra_n_task(job);
+    for (int task = n_task*ith/nth; task < n_task*(ith + 1)/nth; ++task) {
         default_kernels().attend(job, task);
     }
 }

@@ -152,20 +152,22 @@ struct worker {
         }
     }
 
-    // Nobody has fetched the first rows of a chunk: all at once, so that their latencies overlap.
+    // Nobody has fetched a thread's first rows: all at once, so that their latencies overlap.
     void start(const block & first) {
         for (cache_side * side : { &k, &v }) {
             side->advance(first);
-            side->rows(first, 0, 0, false).fetch_next_all();
+            for (int head_kv = 0; head_kv < (job.cells && job.attn.lists > 1 ? 1 : a.n_head_kv); ++head_kv) {
+                side->rows(first, 0, head_kv).fetch_next_all();
+            }
         }
     }
 
-    // one tile for the tokens that see any of its cells; next: the tile after it
-    void attend_block(const block & b, const block & next) {
+    // one tile, all KV heads, for those tokens from begin to end that see any of its cells; next: the tile after it
+    void attend_block(const block & b, const block & next, int begin, int end) {
         alignas(64) float bias[HYLRA_MAX_TOKENS][TILE];
         int tokens[HYLRA_MAX_TOKENS];
         int n = 0;
-        for (int token = 0; token < a.n_tokens; ++token) {
+        for (int token = begin; token < end; ++token) {
             if (read_bias(b, token, bias[n])) {
                 tokens[n++] = token;
             } else {
@@ -175,8 +177,7 @@ struct worker {
         k.advance(next);
         v.advance(next);
         for (int head_kv = 0; n > 0 && head_kv < a.n_head_kv; ++head_kv) {
-            const int next_head = (head_kv + 1)%a.n_head_kv;
-            const tile_rows k_rows = k.rows(b, head_kv, next_head, next_head != 0), v_rows = v.rows(b, head_kv, next_head, next_head != 0);
+            const tile_rows k_rows = k.rows(b, head_kv, head_kv), v_rows = v.rows(b, head_kv, head_kv);
             for (int i = 0; i < n; ++i) {
                 attend_group(b, k_rows, v_rows, tokens[i], head_kv, bias[i]);
             }
@@ -190,10 +191,10 @@ struct worker {
         for (int token = 0; token < a.n_tokens; ++token) {
             clear_partials(token);
         }
-        const auto tile = [&](int cell) { return block{ nullptr, cell, std::max(0, std::min(TILE, end - cell)) }; };
+        const auto tile = [&](int cell) { return block{ nullptr, cell, std::max(0, std::min(TILE, a.n_kv - cell)) }; };
         start(tile(begin));
         for (int cell = begin; cell < end; cell += TILE) {
-            attend_block(tile(cell), tile(cell + TILE));
+            attend_block(tile(cell), tile(cell + TILE), 0, a.n_tokens);
         }
     }
 
@@ -212,14 +213,18 @@ struct worker {
         const int begin = chunk*job.chunk_cells;
         const int end   = std::min(begin + job.chunk_cells, int(job.attn.n_cells));
         clear_partials(token);
-        block b = list_block(token, 0, begin, end);
-        start(b);
-        for (int i = begin; i < end; i += TILE) {
-            for (int head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
-                const int next_head = (head_kv + 1)%a.n_head_kv;
-                const block next = list_block(token, next_head, next_head == 0 ? i + TILE : i, end);
-                attend_entries(b, next, token, head_kv, next_head);
-                b = next;
+        start(list_block(token, 0, begin, end));
+        if (job.attn.lists == 1) {
+            for (int i = begin; i < end; i += TILE) {
+                attend_block(list_block(token, 0, i, end), list_block(token, 0, i + TILE, end), token, token + 1);
+            }
+            return;
+        }
+        for (int head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
+            for (int i = begin; i < end; i += TILE) {
+                const bool more = i + TILE < end;
+                const int next_head = more ? head_kv : std::min(head_kv + 1, a.n_head_kv - 1);
+                attend_entries(list_block(token, head_kv, i, end), list_block(token, next_head, more ? i + TILE : begin, end), token, head_kv, next_head);
             }
         }
     }
@@ -229,7 +234,7 @@ struct worker {
         k.advance(next);
         v.advance(next);
         if (b.n > 0 && read_bias(b, token, bias)) {
-            attend_group(b, k.rows(b, head_kv, next_head, false), v.rows(b, head_kv, next_head, false), token, head_kv, bias);
+            attend_group(b, k.rows(b, head_kv, next_head), v.rows(b, head_kv, next_head), token, head_kv, bias);
         }
     }
 };
@@ -289,22 +294,38 @@ void reduce(const hylra_job & job, int stream, int token, int head, float * out)
     memcpy(out, sum, sizeof(float)*n);
 }
 
+// What LANES tiles' weights are to be multiplied with; one exp for all of them.
+void tile_factors(const float * peaks, int n, hylra_norm norm, int n_head, float * out) {
+    alignas(64) float peak[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        peak[i] = i < n ? peaks[i] : -INFINITY;
+    }
+    store(out, vexp(load(peak) - norm.max)*(norm.inv_sum/n_head));
+}
+
+void add_scaled(const float * x, int n, float factor, float * out) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        store(out + i, load(out + i) + factor*load(x + i));
+    }
+    for (; i < n; ++i) {
+        out[i] += factor*x[i];
+    }
+}
+
 // scores += the mass of one head: its weights per cell, brought from the peaks of their tiles to one normaliser
 void pool_head(const hylra_job & job, int stream, int token, int head, int n_head, int cell_begin, int cell_end, float * scores) {
     alignas(64) float unused[MAX_CHUNKS];
     const hylra_norm norm = chunk_weights(job, stream, token, head, unused);
     const float * weights = hylra_weights(job, stream, token, head);
     const float * peaks   = hylra_peaks(job, stream, token, head);
+    alignas(64) float factor[LANES];
     for (int cell = cell_begin; cell < cell_end; cell += TILE) {
-        const float factor = expf(peaks[cell/TILE] - norm.max)*norm.inv_sum/n_head;
-        const int end = std::min(cell + TILE, cell_end);
-        int i = cell;
-        for (; i + LANES <= end; i += LANES) {
-            store(scores + i, load(scores + i) + factor*load(weights + i));
+        const int tile = cell/TILE, i = (cell - cell_begin)/TILE%LANES;
+        if (i == 0) {
+            tile_factors(peaks + tile, hylra_n_tile(cell_end) - tile, norm, n_head, factor);
         }
-        for (; i < end; ++i) {
-            scores[i] += factor*weights[i];
-        }
+        add_scaled(weights + cell, std::min(TILE, cell_end - cell), factor[i], scores + cell);
     }
 }
 

@@ -24,7 +24,7 @@ struct block {
 
 // The rows of a tile in one cache, for one KV head: row i starts at base + offset[i]. Rows behind the end repeat the last
 // one, since their logits are hidden afterwards. While a tile is computed, the rows that come after it are fetched: without
-// that one thread read 9 GB/s here, with it 24.
+// that one thread read a cold cache at 9 GB/s here, with it at 16.
 struct tile_rows {
     const char * base;
     const size_t * offset;
@@ -68,15 +68,17 @@ void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*
                 k.fetch_next(cell + p*CELLS + c);
             }
             vf acc[HEADS][CELLS] = {};
-            for (int i = 0; i < n_step; ++i) {
-                vf kv[CELLS];
+            for (int i = 0; i < n_step; i += READER::STEPS) {
+                vf kv[CELLS][READER::STEPS];
                 for (int c = 0; c < CELLS; ++c) {
-                    kv[c] = READER::at(row[c], i);
+                    READER::read(row[c], i, kv[c]);
                 }
-                for (int h = 0; h < HEADS; ++h) {
-                    const vf qv = load(q[h] + i*LANES);
-                    for (int c = 0; c < CELLS; ++c) {
-                        acc[h][c] += qv*kv[c];
+                for (int j = 0; j < READER::STEPS; ++j) {
+                    for (int h = 0; h < HEADS; ++h) {
+                        const vf qv = load(q[h] + (i + j)*LANES);
+                        for (int c = 0; c < CELLS; ++c) {
+                            acc[h][c] += qv*kv[c][j];
+                        }
                     }
                 }
             }
@@ -108,10 +110,13 @@ void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, 
         for (int h = 0; h < HEADS; ++h) {
             w[h] = splat(p[h][cell]);
         }
-        for (int i = 0; i < STEPS; ++i) {
-            const vf vv = READER::at(row, step + i);
-            for (int h = 0; h < HEADS; ++h) {
-                sum[h][i] += w[h]*vv;
+        for (int i = 0; i < STEPS; i += READER::STEPS) {
+            vf vv[READER::STEPS];
+            READER::read(row, step + i, vv);
+            for (int j = 0; j < READER::STEPS; ++j) {
+                for (int h = 0; h < HEADS; ++h) {
+                    sum[h][i + j] += w[h]*vv[j];
+                }
             }
         }
     }
@@ -124,16 +129,14 @@ void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, 
 
 template<class READER, int HEADS>
 void accumulate_tile(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc) {
-    constexpr int LONG = LANES >= 16 && HEADS <= 3 ? 8 : LANES >= 16 || HEADS <= 2 ? 4 : 2;
+    constexpr int FIT  = LANES >= 16 && HEADS <= 3 ? 8 : LANES >= 16 || HEADS <= 2 ? 4 : 2; // strips whose sums fit the registers
+    constexpr int LONG = FIT > READER::STEPS ? FIT : READER::STEPS;
     int step = 0;
     for (; step + LONG <= n_step; step += LONG) {
         accumulate_strip<READER, HEADS, LONG>(p, v, n_cells, step, acc);
     }
-    for (; step + 2 <= n_step; step += 2) {
-        accumulate_strip<READER, HEADS, 2>(p, v, n_cells, step, acc);
-    }
-    for (; step < n_step; ++step) {
-        accumulate_strip<READER, HEADS, 1>(p, v, n_cells, step, acc);
+    for (; step < n_step; step += READER::STEPS) {
+        accumulate_strip<READER, HEADS, READER::STEPS>(p, v, n_cells, step, acc);
     }
 }
 
@@ -194,13 +197,10 @@ struct cache_side {
         find_rows(next, cell_bytes, offset[now ^ 1]);
     }
 
-    // next_head: the KV head that is read after this one, in the same tile or in the next
-    tile_rows rows(const block & b, int head_kv, int next_head, bool next_is_here) {
+    // next_head: the KV head that is read in the next tile
+    tile_rows rows(const block & b, int head_kv, int next_head) {
         const char * head = data + head_kv*head_bytes;
-        if (!direct) {
-            return converted(b, head);
-        }
-        return { head, offset[now], data + next_head*head_bytes, offset[next_is_here ? now : now ^ 1], int(head_bytes) };
+        return direct ? tile_rows{ head, offset[now], data + next_head*head_bytes, offset[now ^ 1], int(head_bytes) } : converted(b, head);
     }
 
     // stride of the copy: whole vectors, so that kernels need no tail
