@@ -216,15 +216,17 @@ struct worker {
         start(list_block(token, 0, begin, end));
         if (job.attn.lists == 1) {
             for (int i = begin; i < end; i += TILE) {
-                attend_block(list_block(token, 0, i, end), list_block(token, 0, i + TILE, end), token, token + 1);
+                attend_block(list_block(token, 0, i, end), list_block(token, 0, i + TILE, a.n_cells), token, token + 1);
             }
             return;
         }
         for (int head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
             for (int i = begin; i < end; i += TILE) {
-                const bool more = i + TILE < end;
-                const int next_head = more ? head_kv : std::min(head_kv + 1, a.n_head_kv - 1);
-                attend_entries(list_block(token, head_kv, i, end), list_block(token, next_head, more ? i + TILE : begin, end), token, head_kv, next_head);
+                // after the last tile comes the next head, after the last head the next chunk
+                const bool last = i + TILE >= end, done = last && head_kv + 1 == a.n_head_kv;
+                const int next_head = done ? 0 : head_kv + last;
+                const block next = list_block(token, next_head, last && !done ? begin : i + TILE, done ? a.n_cells : end);
+                attend_entries(list_block(token, head_kv, i, end), next, token, head_kv, next_head);
             }
         }
     }
