@@ -131,15 +131,15 @@ constexpr int POOL_CELLS = 4096;
 struct bench {
     const options & o;
     const hylra_kernels & kernels;
-    hylra_job dense, with_logits, sparse;
-    std::vector<float> dense_scratch, logits_scratch, sparse_scratch, scores, out;
+    hylra_job dense, with_weights, sparse;
+    std::vector<float> dense_scratch, weights_scratch, sparse_scratch, scores, out;
     std::vector<int32_t> cells, head_list;
 
     bench(const options & o, const hylra_kernels & kernels, const hylra_attn & a) : o(o), kernels(kernels),
         scores(size_t(o.n_kv)*o.lists), out(size_t(o.heads)*o.head_size), cells(size_t(o.top_k)*o.lists), head_list(o.kv_heads) {
         for (int head = 0; head < o.kv_heads; ++head) { head_list[head] = o.lists == 1 ? 0 : head; }
         dense       = place(a, dense_scratch, false);
-        with_logits = place(a, logits_scratch, true);
+        with_weights = place(a, weights_scratch, true);
         hylra_attn listed = a;
         listed.cells   = cells.data();
         listed.n_cells = o.top_k;
@@ -147,15 +147,16 @@ struct bench {
         sparse = place(listed, sparse_scratch, false);
     }
 
-    hylra_job place(const hylra_attn & a, std::vector<float> & scratch, bool logits) {
+    hylra_job place(const hylra_attn & a, std::vector<float> & scratch, bool weights) {
         hylra_job job = hylra_job_of(a, head_list.data());
-        scratch.resize(hylra_attend_floats(a, a.cells ? a.n_cells : a.n_kv, logits) + 16);
-        hylra_place(job, (float *) ((uintptr_t(scratch.data()) + 63)/64*64), logits);
+        scratch.resize(hylra_attend_floats(a, a.cells ? a.n_cells : a.n_kv, weights) + 16);
+        hylra_place(job, (float *) ((uintptr_t(scratch.data()) + 63)/64*64), weights);
         return job;
     }
 
     void attend(const hylra_job & job, int ith, int nth) const {
-        for (int task = ith; task < hylra_n_task(job); task += nth) { kernels.attend(job, task); }
+        const int n_task = hylra_n_task(job);
+        for (int task = n_task*ith/nth; task < n_task*(ith + 1)/nth; ++task) { kernels.attend(job, task); }
     }
 
     void reduce(const hylra_job & job, int ith, int nth) {
@@ -166,7 +167,7 @@ struct bench {
         const int n_part = (o.n_kv + POOL_CELLS - 1)/POOL_CELLS;
         for (int task = ith; task < n_part*o.lists; task += nth) {
             const int begin = task%n_part*POOL_CELLS, list = task/n_part;
-            kernels.pool(with_logits, 0, 0, list, o.lists, begin, std::min(begin + POOL_CELLS, o.n_kv), &scores[size_t(list)*o.n_kv]);
+            kernels.pool(with_weights, 0, 0, list, o.lists, begin, std::min(begin + POOL_CELLS, o.n_kv), &scores[size_t(list)*o.n_kv]);
         }
     }
 
@@ -264,7 +265,7 @@ int main(int argc, char ** argv) {
     const arm arms[] = {
         { "full",          dense_bytes,  [&](int i, int n) { b.attend(b.dense, i, n); } },
         { "full_reduce",   0,            [&](int i, int n) { b.reduce(b.dense, i, n); } },
-        { "select_attend", dense_bytes,  [&](int i, int n) { b.attend(b.with_logits, i, n); } },
+        { "select_attend", dense_bytes,  [&](int i, int n) { b.attend(b.with_weights, i, n); } },
         { "select_pool",   0,            [&](int i, int n) { b.pool(i, n); } },
         { "select_choose", 0,            [&](int i, int n) { b.choose(i, n); } },
         { "reuse",         sparse_bytes, [&](int i, int n) { b.attend(b.sparse, i, n); } },

@@ -1,8 +1,8 @@
 // The contract between graph nodes, kernels and their scalar twins: one attention problem cut into chunks of cells.
 //
-//   attend  one chunk of cells (all cells, or a list of cells) -> partial result per token and head, logits on demand
+//   attend  one chunk of cells (all cells, or a list of cells) -> partial result per token and head, softmax weights on demand
 //   reduce  partial results of all chunks                      -> attention output, softmax normaliser
-//   pool    logits and normaliser                              -> one score per cell and list
+//   pool    softmax weights and normaliser                     -> one score per cell and list
 //   choose  one row of scores                                  -> ascending list of cells
 //
 // Scoring, choosing and attending are separate so that scores can come from elsewhere (DESIGN §9, sketch layers).
@@ -17,7 +17,8 @@
 constexpr float HYLRA_SCORE_HIDDEN = -1.0f; // the mask does not let the cell through
 constexpr float HYLRA_SCORE_FORCED =  2.0f; // added to the mass of a sink or recent cell
 
-constexpr int HYLRA_TILE_CELLS = 64;  // cells between two steps of the online softmax; their K and V fit the first-level cache
+constexpr int HYLRA_TILE_CELLS = 32;  // cells between two steps of the online softmax; their K and V fit the first-level cache
+constexpr int HYLRA_MAX_CHUNKS = 32;  // a chunk holds whole tiles
 constexpr int HYLRA_MAX_EMBD   = 640; // largest head size, MLA (576) included
 constexpr int HYLRA_MAX_TOKENS = 64;  // largest batch that counts as decode, per stream
 constexpr int HYLRA_LANES_MAX  = 16;
@@ -36,7 +37,9 @@ struct hylra_job {
     int32_t n_chunk;
 
     float * partials; // [hylra_partial_floats, n_head, n_tokens, n_stream, n_chunk]
-    float * logits;   // [n_kv, n_head, n_tokens, n_stream] or nullptr
+    // for a select layer, else nullptr: exp(logit - peak of its tile), so that pooling needs no second exp per cell and head
+    float * weights;  // [n_kv, n_head, n_tokens, n_stream]
+    float * peaks;    // [hylra_n_tile(n_kv), n_head, n_tokens, n_stream]
 };
 
 // The partial of one (chunk, token, head): the unnormalised output, then the largest logit and the sum of exp(logit - largest).
@@ -49,9 +52,18 @@ inline float * hylra_partial(const hylra_job & job, int chunk, int stream, int t
     return job.partials + row * hylra_partial_floats(a.n_embd_v);
 }
 
-inline float * hylra_logits(const hylra_job & job, int stream, int token, int head) {
-    const hylra_attn & a = job.attn;
-    return job.logits + ((size_t(stream) * a.n_tokens + token) * a.n_head + head) * a.n_kv;
+inline size_t hylra_row(const hylra_attn & a, int stream, int token, int head) {
+    return (size_t(stream) * a.n_tokens + token) * a.n_head + head;
+}
+
+inline int hylra_n_tile(int n_kv) { return (n_kv + HYLRA_TILE_CELLS - 1) / HYLRA_TILE_CELLS; }
+
+inline float * hylra_weights(const hylra_job & job, int stream, int token, int head) {
+    return job.weights + hylra_row(job.attn, stream, token, head) * job.attn.n_kv;
+}
+
+inline float * hylra_peaks(const hylra_job & job, int stream, int token, int head) {
+    return job.peaks + hylra_row(job.attn, stream, token, head) * hylra_n_tile(job.attn.n_kv);
 }
 
 // A chunk belongs to one stream and, when cells are listed, to one token (each token has its own list).
@@ -81,4 +93,5 @@ const hylra_kernels * hylra_get_kernels(const char * isa);
 
 extern const hylra_kernels hylra_kernels_ref;
 
-int hylra_choose(const float * scores, int n_kv, int top_k, int block_size, int32_t * out); // one for all instruction sets
+// Whole blocks of block_size cells; returns how many cells were written to out[top_k].
+int hylra_choose_blocks(const float * scores, int n_kv, int top_k, int block_size, int32_t * out);

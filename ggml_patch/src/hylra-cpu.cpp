@@ -11,11 +11,11 @@
 
 constexpr int POOL_CELLS = 4096; // cells per pooling task
 
-// Cells of a chunk when n cells are attended to: at most 32 chunks, for threads to share and yet few enough partial results;
-// at least 2 tiles each, since the first rows of a chunk come from memory with nothing to compute meanwhile.
+// Cells of a chunk when n cells are attended to: at most HYLRA_MAX_CHUNKS chunks, for threads to share and yet few enough partial results;
+// at least 4 tiles each, since the first rows of a chunk come from memory with nothing to compute meanwhile.
 static int chunk_cells(int n) {
-    const int tiles = (n + 32*HYLRA_TILE_CELLS - 1)/(32*HYLRA_TILE_CELLS);
-    return std::max(2, tiles)*HYLRA_TILE_CELLS;
+    const int tiles = (hylra_n_tile(n) + HYLRA_MAX_CHUNKS - 1)/HYLRA_MAX_CHUNKS;
+    return std::max(4, tiles)*HYLRA_TILE_CELLS;
 }
 
 static int chunk_count(int n) { return (n + chunk_cells(n) - 1)/chunk_cells(n); }
@@ -146,14 +146,16 @@ hylra_job hylra_job_of(const hylra_attn & attn, const int32_t * head_list) {
     return job;
 }
 
-size_t hylra_attend_floats(const hylra_attn & a, int n_listed, bool logits) {
+size_t hylra_attend_floats(const hylra_attn & a, int n_listed, bool weights) {
     const size_t rows = size_t(a.n_head)*a.n_tokens*a.n_stream;
-    return rows*hylra_partial_floats(a.n_embd_v)*chunk_count(n_listed) + (logits ? rows*a.n_kv : 0);
+    return rows*hylra_partial_floats(a.n_embd_v)*chunk_count(n_listed) + (weights ? rows*(a.n_kv + hylra_n_tile(a.n_kv)) : 0);
 }
 
-void hylra_place(hylra_job & job, float * scratch, bool logits) {
+void hylra_place(hylra_job & job, float * scratch, bool weights) {
+    const hylra_attn & a = job.attn;
     job.partials = scratch;
-    job.logits   = logits ? scratch + hylra_attend_floats(job.attn, job.cells ? job.attn.n_cells : job.attn.n_kv, false) : nullptr;
+    job.weights  = weights ? scratch + hylra_attend_floats(a, job.cells ? a.n_cells : a.n_kv, false) : nullptr;
+    job.peaks    = weights ? job.weights + size_t(a.n_head)*a.n_tokens*a.n_stream*a.n_kv : nullptr;
 }
 
 // attend: src = q, k, v, mask, then the list of cells of a reuse layer; dst = scratch
@@ -168,13 +170,15 @@ hylra_job hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, con
     a.n_cells  = idx ? int32_t(idx->ne[0]) : 0;
     a.lists    = idx ? int32_t(idx->ne[1]) : 0;
     hylra_job job = hylra_job_of(a, op.head_list.data());
-    hylra_place(job, (float *) attend->data, op.logits);
+    hylra_place(job, (float *) attend->data, op.weights);
     return job;
 }
 
 void hylra_node_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const hylra_job job = hylra_job_of_node(*(const hylra_op *) userdata, dst, nullptr);
-    for (int task = ith; task < hylra_n_task(job); task += nth) {
+    // neighbouring chunks to the same thread: at the end of one the first rows of the next are fetched already
+    const int n_task = hylra_n_task(job);
+    for (int task = n_task*ith/nth; task < n_task*(ith + 1)/nth; ++task) {
         default_kernels().attend(job, task);
     }
 }

@@ -17,7 +17,7 @@ struct hylra_meter {
 struct hylra_op {
     int32_t layer;
     float   scale, max_bias, softcap;
-    bool    logits;                 // attend writes logits: a select layer
+    bool    weights;                // attend writes softmax weights: a select layer
     int32_t block_size;
     std::vector<int32_t> head_list; // [n_head_kv] list that each KV head takes (reuse)
     hylra_meter * meters;           // [rows] (select)
@@ -29,8 +29,8 @@ hylra_job  hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, co
 
 // Size of an attend node's result when `n_listed` cells (a list, or all n_kv) are attended to. The chunking depends on
 // shapes alone, so results do not depend on the number of threads.
-size_t hylra_attend_floats(const hylra_attn & attn, int n_listed, bool logits);
-void   hylra_place(hylra_job & job, float * scratch, bool logits);
+size_t hylra_attend_floats(const hylra_attn & attn, int n_listed, bool weights);
+void   hylra_place(hylra_job & job, float * scratch, bool weights);
 void   hylra_force(float * scores, const int32_t * forced, int n_forced, int begin, int end);
 
 const char * hylra_default_isa();

@@ -1,11 +1,10 @@
 // The fast kernels, compiled once per instruction set (HYLRA_ISA: base, avx2, avx512). Cells are the outer loop: a K or V
-// row is converted to F32 in registers and used for up to four query heads of its group at once.
+// row is read once for all query heads of its group and all tokens of the batch.
 // The plain statement of what each kernel computes is its twin in hylra-ref.cpp.
 #include "hylra-attn.h"
 #include "hylra-mask.h"
-#include "hylra-rows.h"
-
-#include <algorithm>
+#include "hylra-tile.h"
+#include "hylra-topk.h"
 
 #ifndef HYLRA_ISA
 #    define HYLRA_ISA base
@@ -16,216 +15,6 @@
 #define HYLRA_STR(a) HYLRA_STR_(a)
 
 namespace {
-
-constexpr int TILE      = HYLRA_TILE_CELLS;
-constexpr int MAX_HEADS = 4; // query heads per pass: 16 sums and their inputs fit 32 registers
-
-// One tile of up to TILE cells of one stream.
-struct block {
-    const int32_t * list; // the cells, or nullptr: first, first + 1, ...
-    int first;
-    int n;
-
-    int cell(int i) const { return list ? list[i] : first + i; }
-};
-
-// The rows of a tile in one cache, for one KV head: row i starts at base + offset[i]. Rows behind the end repeat the last
-// one, since their logits are hidden afterwards. While a tile is computed, the rows that come after it are fetched: without
-// that one thread read 9 GB/s here, with it 24.
-struct tile_rows {
-    const char * base;
-    const size_t * offset;
-    const char * next_base;
-    const size_t * next_offset;
-    int row_bytes;
-
-    const char * at(int i) const { return base + offset[i]; }
-
-    void fetch_next(int i) const {
-        const char * row = next_base + next_offset[i];
-        for (int byte = 0; byte < row_bytes; byte += 64) {
-            __builtin_prefetch(row + byte, 0, 2);
-        }
-    }
-
-    void fetch_next_all() const {
-        for (int i = 0; i < TILE; ++i) {
-            fetch_next(i);
-        }
-    }
-};
-
-void find_rows(const block & b, size_t row_bytes, size_t * offset) {
-    for (int i = 0; i < TILE; ++i) {
-        offset[i] = b.n == 0 ? 0 : b.cell(std::min(i, b.n - 1))*row_bytes;
-    }
-}
-
-// s[h][cell] = q[h] . k[cell] for HEADS query heads. CELLS cells at a time: their sums stay in registers, then are folded so
-// that LANES cells share one horizontal reduction.
-template<class READER, int HEADS>
-void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]) {
-    constexpr int CELLS = LANES >= 16 ? 4 : 2;
-    for (int cell = 0; cell < TILE; cell += LANES) {
-        vf part[HEADS][LANES/CELLS];
-        for (int p = 0; p < LANES/CELLS; ++p) {
-            const char * row[CELLS];
-            for (int c = 0; c < CELLS; ++c) {
-                row[c] = k.at(cell + p*CELLS + c);
-                k.fetch_next(cell + p*CELLS + c);
-            }
-            vf acc[HEADS][CELLS] = {};
-            for (int i = 0; i < n_step; ++i) {
-                vf kv[CELLS];
-                for (int c = 0; c < CELLS; ++c) {
-                    kv[c] = READER::at(row[c], i);
-                }
-                for (int h = 0; h < HEADS; ++h) {
-                    const vf qv = load(q[h] + i*LANES);
-                    for (int c = 0; c < CELLS; ++c) {
-                        acc[h][c] += qv*kv[c];
-                    }
-                }
-            }
-            for (int h = 0; h < HEADS; ++h) {
-                part[h][p] = fold_all<1, CELLS>(acc[h]);
-            }
-        }
-        for (int h = 0; h < HEADS; ++h) {
-            store(s[h] + cell, fold_all<CELLS, LANES/CELLS>(part[h]));
-        }
-    }
-}
-
-// acc[h][d0..] += sum over cells of p[h][cell]*v[cell][d0..] for STEPS vectors of dimensions, whose sums stay in registers
-template<class READER, int HEADS, int STEPS>
-void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, int step, float * const * acc) {
-    vf sum[HEADS][STEPS];
-    for (int h = 0; h < HEADS; ++h) {
-        for (int i = 0; i < STEPS; ++i) {
-            sum[h][i] = load(acc[h] + (step + i)*LANES);
-        }
-    }
-    for (int cell = 0; cell < n_cells; ++cell) {
-        const char * row = v.at(cell);
-        if (step == 0) {
-            v.fetch_next(cell);
-        }
-        vf w[HEADS];
-        for (int h = 0; h < HEADS; ++h) {
-            w[h] = splat(p[h][cell]);
-        }
-        for (int i = 0; i < STEPS; ++i) {
-            const vf vv = READER::at(row, step + i);
-            for (int h = 0; h < HEADS; ++h) {
-                sum[h][i] += w[h]*vv;
-            }
-        }
-    }
-    for (int h = 0; h < HEADS; ++h) {
-        for (int i = 0; i < STEPS; ++i) {
-            store(acc[h] + (step + i)*LANES, sum[h][i]);
-        }
-    }
-}
-
-template<class READER, int HEADS>
-void accumulate_tile(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc) {
-    constexpr int LONG = LANES >= 16 && HEADS <= 3 ? 8 : LANES >= 16 || HEADS <= 2 ? 4 : 2;
-    int step = 0;
-    for (; step + LONG <= n_step; step += LONG) {
-        accumulate_strip<READER, HEADS, LONG>(p, v, n_cells, step, acc);
-    }
-    for (; step + 2 <= n_step; step += 2) {
-        accumulate_strip<READER, HEADS, 2>(p, v, n_cells, step, acc);
-    }
-    for (; step < n_step; ++step) {
-        accumulate_strip<READER, HEADS, 1>(p, v, n_cells, step, acc);
-    }
-}
-
-typedef void (*dot_t)(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]);
-typedef void (*accumulate_t)(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc);
-
-// The kernels of one KV type, by number of query heads.
-struct type_kernels {
-    dot_t        dot[MAX_HEADS];
-    accumulate_t accumulate[MAX_HEADS];
-};
-
-template<class READER>
-constexpr type_kernels kernels_of = {
-    { dot_tile<READER, 1>, dot_tile<READER, 2>, dot_tile<READER, 3>, dot_tile<READER, 4> },
-    { accumulate_tile<READER, 1>, accumulate_tile<READER, 2>, accumulate_tile<READER, 3>, accumulate_tile<READER, 4> },
-};
-
-// nullptr: rows of this type or size go through a padded F32 copy
-const type_kernels * direct_kernels(int type, int n_embd) {
-    if (n_embd % LANES != 0) {
-        return nullptr;
-    }
-    switch (type) {
-        case GGML_TYPE_F32:  return &kernels_of<reader_f32>;
-        case GGML_TYPE_F16:  return &kernels_of<reader_f16>;
-        case GGML_TYPE_BF16: return &kernels_of<reader_bf16>;
-        case GGML_TYPE_Q8_0: return &kernels_of<reader_q8_0>;
-        case GGML_TYPE_Q4_0: return &kernels_of<reader_q4_0>;
-    }
-    return nullptr;
-}
-
-// One of the two caches as a task reads it.
-struct cache_side {
-    const char * data;        // of the stream
-    size_t cell_bytes, head_bytes;
-    int    type, n_embd, n_step;
-    const type_kernels * kernels;
-    bool   direct;
-    hylra_to_float_t to_float;
-    float * copy;             // [padded(n_embd), TILE] if not direct
-    size_t offset[2][TILE];   // of the cells of this tile and the next
-    size_t copy_offset[TILE];
-    int    now = 0;
-
-    cache_side(const void * data, const uint64_t * nb, int stream, int type, int n_embd, hylra_to_float_t to_float, float * copy) :
-        data((const char *) data + stream*nb[3]), cell_bytes(nb[1]), head_bytes(nb[2]), type(type), n_embd(n_embd),
-        n_step((n_embd + LANES - 1)/LANES), kernels(direct_kernels(type, n_embd)), direct(kernels != nullptr), to_float(to_float), copy(copy) {
-        if (!direct) {
-            kernels = &kernels_of<reader_f32>;
-        }
-    }
-
-    // Before the first tile with what it holds, then at each tile with the one that follows it.
-    void advance(const block & next) {
-        now ^= 1;
-        find_rows(next, cell_bytes, offset[now ^ 1]);
-    }
-
-    // next_head: the KV head that is read after this one, in the same tile or in the next
-    tile_rows rows(const block & b, int head_kv, int next_head, bool next_is_here) {
-        const char * head = data + head_kv*head_bytes;
-        if (!direct) {
-            return converted(b, head);
-        }
-        return { head, offset[now], data + next_head*head_bytes, offset[next_is_here ? now : now ^ 1], int(head_bytes) };
-    }
-
-    // stride of the copy: whole vectors, so that kernels need no tail
-    tile_rows converted(const block & b, const char * head) {
-        for (int i = 0; i < TILE; ++i) {
-            float * row = copy + i*hylra_padded(n_embd);
-            copy_offset[i] = i*hylra_padded(n_embd)*sizeof(float);
-            memset(row, 0, sizeof(float)*hylra_padded(n_embd));
-            const char * source = head + offset[now][i];
-            if (i < b.n && to_float) {
-                to_float(source, row, n_embd);
-            } else if (i < b.n) {
-                memcpy(row, source, sizeof(float)*n_embd);
-            }
-        }
-        return { (const char *) copy, copy_offset, (const char *) copy, copy_offset, 0 };
-    }
-};
 
 // dot products -> logits: cap(scale * s) + slope * mask; hidden and absent cells become -inf
 void finish_logits(const hylra_attn & a, float slope, const float * bias, float * s) {
@@ -308,12 +97,13 @@ struct worker {
         k.kernels->dot[n - 1](q, k_rows, k.n_step, s);
         for (int h = 0; h < n; ++h) {
             finish_logits(a, hylra_slope(a, head + h), bias, s[h]);
-            if (job.logits) {
-                memcpy(hylra_logits(job, stream, token, head + h) + b.first, s[h], sizeof(float)*b.n);
-            }
             const float factor = softmax_step(s[h], acc[h] + n_v);
             if (factor != 1.0f) {
                 scale_row(acc[h], n_v, factor);
+            }
+            if (job.weights) {
+                memcpy(hylra_weights(job, stream, token, head + h) + b.first, s[h], sizeof(float)*b.n);
+                hylra_peaks(job, stream, token, head + h)[b.first/TILE] = acc[h][n_v];
             }
         }
         v.kernels->accumulate[n - 1](s, v_rows, b.n, v.n_step, acc);
@@ -354,38 +144,40 @@ struct worker {
         }
     }
 
-    void hide_logits(const block & b, int token) {
-        for (int head = 0; job.logits && head < a.n_head; ++head) {
-            float * l = hylra_logits(job, stream, token, head) + b.first;
-            std::fill(l, l + b.n, -INFINITY);
+    void hide_weights(const block & b, int token) {
+        for (int head = 0; job.weights && head < a.n_head; ++head) {
+            float * w = hylra_weights(job, stream, token, head) + b.first;
+            std::fill(w, w + b.n, 0.0f);
+            hylra_peaks(job, stream, token, head)[b.first/TILE] = -INFINITY;
         }
     }
 
-    // Nobody has fetched the first rows of a chunk: all at once, so that their latencies overlap.
+    // Nobody has fetched a thread's first rows: all at once, so that their latencies overlap.
     void start(const block & first) {
         for (cache_side * side : { &k, &v }) {
             side->advance(first);
-            side->rows(first, 0, 0, false).fetch_next_all();
+            for (int head_kv = 0; head_kv < (job.cells && job.attn.lists > 1 ? 1 : a.n_head_kv); ++head_kv) {
+                side->rows(first, 0, head_kv).fetch_next_all();
+            }
         }
     }
 
-    // one tile for the tokens that see any of its cells; next: the tile after it
-    void attend_block(const block & b, const block & next) {
+    // one tile, all KV heads, for those tokens from begin to end that see any of its cells; next: the tile after it
+    void attend_block(const block & b, const block & next, int begin, int end) {
         alignas(64) float bias[HYLRA_MAX_TOKENS][TILE];
         int tokens[HYLRA_MAX_TOKENS];
         int n = 0;
-        for (int token = 0; token < a.n_tokens; ++token) {
+        for (int token = begin; token < end; ++token) {
             if (read_bias(b, token, bias[n])) {
                 tokens[n++] = token;
             } else {
-                hide_logits(b, token);
+                hide_weights(b, token);
             }
         }
         k.advance(next);
         v.advance(next);
         for (int head_kv = 0; n > 0 && head_kv < a.n_head_kv; ++head_kv) {
-            const int next_head = (head_kv + 1)%a.n_head_kv;
-            const tile_rows k_rows = k.rows(b, head_kv, next_head, next_head != 0), v_rows = v.rows(b, head_kv, next_head, next_head != 0);
+            const tile_rows k_rows = k.rows(b, head_kv, head_kv), v_rows = v.rows(b, head_kv, head_kv);
             for (int i = 0; i < n; ++i) {
                 attend_group(b, k_rows, v_rows, tokens[i], head_kv, bias[i]);
             }
@@ -399,10 +191,10 @@ struct worker {
         for (int token = 0; token < a.n_tokens; ++token) {
             clear_partials(token);
         }
-        const auto tile = [&](int cell) { return block{ nullptr, cell, std::max(0, std::min(TILE, end - cell)) }; };
+        const auto tile = [&](int cell) { return block{ nullptr, cell, std::max(0, std::min(TILE, a.n_kv - cell)) }; };
         start(tile(begin));
         for (int cell = begin; cell < end; cell += TILE) {
-            attend_block(tile(cell), tile(cell + TILE));
+            attend_block(tile(cell), tile(cell + TILE), 0, a.n_tokens);
         }
     }
 
@@ -421,14 +213,20 @@ struct worker {
         const int begin = chunk*job.chunk_cells;
         const int end   = std::min(begin + job.chunk_cells, int(job.attn.n_cells));
         clear_partials(token);
-        block b = list_block(token, 0, begin, end);
-        start(b);
-        for (int i = begin; i < end; i += TILE) {
-            for (int head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
-                const int next_head = (head_kv + 1)%a.n_head_kv;
-                const block next = list_block(token, next_head, next_head == 0 ? i + TILE : i, end);
-                attend_entries(b, next, token, head_kv, next_head);
-                b = next;
+        start(list_block(token, 0, begin, end));
+        if (job.attn.lists == 1) {
+            for (int i = begin; i < end; i += TILE) {
+                attend_block(list_block(token, 0, i, end), list_block(token, 0, i + TILE, a.n_cells), token, token + 1);
+            }
+            return;
+        }
+        for (int head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
+            for (int i = begin; i < end; i += TILE) {
+                // after the last tile comes the next head, after the last head the next chunk
+                const bool last = i + TILE >= end, done = last && head_kv + 1 == a.n_head_kv;
+                const int next_head = done ? 0 : head_kv + last;
+                const block next = list_block(token, next_head, last && !done ? begin : i + TILE, done ? a.n_cells : end);
+                attend_entries(list_block(token, head_kv, i, end), next, token, head_kv, next_head);
             }
         }
     }
@@ -438,7 +236,7 @@ struct worker {
         k.advance(next);
         v.advance(next);
         if (b.n > 0 && read_bias(b, token, bias)) {
-            attend_group(b, k.rows(b, head_kv, next_head, false), v.rows(b, head_kv, next_head, false), token, head_kv, bias);
+            attend_group(b, k.rows(b, head_kv, next_head), v.rows(b, head_kv, next_head), token, head_kv, bias);
         }
     }
 };
@@ -454,35 +252,90 @@ void attend(const hylra_job & job, int task) {
     }
 }
 
+// What a head's chunks weigh in its softmax: out[chunk] = exp(max of the chunk - max of all); see hylra_normaliser, its twin.
+// out: [MAX_CHUNKS]
+hylra_norm chunk_weights(const hylra_job & job, int stream, int token, int head, float * out) {
+    alignas(64) float sum[MAX_CHUNKS] = {};
+    const int n_v = hylra_padded(job.attn.n_embd_v);
+    const float * sinks = (const float *) job.attn.sinks;
+    float max = sinks ? sinks[head] : -INFINITY;
+    std::fill(out, out + MAX_CHUNKS, -INFINITY);
+    for (int chunk = 0; chunk < job.n_chunk; ++chunk) {
+        const float * state = hylra_partial(job, chunk, stream, token, head) + n_v;
+        out[chunk] = state[0];
+        sum[chunk] = state[1];
+        max = std::max(max, state[0]);
+    }
+    if (max == -INFINITY) { // a row without visible cells gives zeros, as in llama.cpp
+        std::fill(out, out + MAX_CHUNKS, 0.0f);
+        return { 0.0f, 0.0f };
+    }
+    vf total = vf{};
+    for (int i = 0; i < MAX_CHUNKS; i += LANES) {
+        const vf w = vexp(load(out + i) - max);
+        store(out + i, w);
+        total += w*load(sum + i);
+    }
+    return { max, 1.0f/(hsum(total) + (sinks ? expf(sinks[head] - max) : 0.0f)) };
+}
+
 void reduce(const hylra_job & job, int stream, int token, int head, float * out) {
     const int n = job.attn.n_embd_v;
     const int n_v = hylra_padded(n);
-    const hylra_norm norm = hylra_normaliser(job, stream, token, head);
-    alignas(64) float sum[HYLRA_MAX_EMBD] = {};
+    alignas(64) float weight[MAX_CHUNKS];
+    alignas(64) float sum[HYLRA_MAX_EMBD];
+    std::fill(sum, sum + n_v, 0.0f);
+    const hylra_norm norm = chunk_weights(job, stream, token, head, weight);
     for (int chunk = 0; chunk < job.n_chunk; ++chunk) {
         const float * p = hylra_partial(job, chunk, stream, token, head);
-        const float weight = p[n_v] == -INFINITY ? 0.0f : expf(p[n_v] - norm.max)*norm.inv_sum;
-        for (int d = 0; weight != 0.0f && d < n_v; d += LANES) {
-            store(sum + d, load(sum + d) + weight*load(p + d));
+        const float w = weight[chunk]*norm.inv_sum;
+        for (int d = 0; w != 0.0f && d < n_v; d += LANES) {
+            store(sum + d, load(sum + d) + w*load(p + d));
         }
     }
     memcpy(out, sum, sizeof(float)*n);
+}
+
+// What LANES tiles' weights are to be multiplied with; one exp for all of them.
+void tile_factors(const float * peaks, int n, hylra_norm norm, int n_head, float * out) {
+    alignas(64) float peak[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        peak[i] = i < n ? peaks[i] : -INFINITY;
+    }
+    store(out, vexp(load(peak) - norm.max)*(norm.inv_sum/n_head));
+}
+
+void add_scaled(const float * x, int n, float factor, float * out) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        store(out + i, load(out + i) + factor*load(x + i));
+    }
+    for (; i < n; ++i) {
+        out[i] += factor*x[i];
+    }
+}
+
+// scores += the mass of one head: its weights per cell, brought from the peaks of their tiles to one normaliser
+void pool_head(const hylra_job & job, int stream, int token, int head, int n_head, int cell_begin, int cell_end, float * scores) {
+    alignas(64) float unused[MAX_CHUNKS];
+    const hylra_norm norm = chunk_weights(job, stream, token, head, unused);
+    const float * weights = hylra_weights(job, stream, token, head);
+    const float * peaks   = hylra_peaks(job, stream, token, head);
+    alignas(64) float factor[LANES];
+    for (int cell = cell_begin; cell < cell_end; cell += TILE) {
+        const int tile = cell/TILE, i = (cell - cell_begin)/TILE%LANES;
+        if (i == 0) {
+            tile_factors(peaks + tile, hylra_n_tile(cell_end) - tile, norm, n_head, factor);
+        }
+        add_scaled(weights + cell, std::min(TILE, cell_end - cell), factor[i], scores + cell);
+    }
 }
 
 void pool(const hylra_job & job, int stream, int token, int list, int lists, int cell_begin, int cell_end, float * scores) {
     const int n_head = job.attn.n_head/lists;
     std::fill(scores + cell_begin, scores + cell_end, 0.0f);
     for (int head = list*n_head; head < (list + 1)*n_head; ++head) {
-        const hylra_norm norm = hylra_normaliser(job, stream, token, head);
-        const float * logits = hylra_logits(job, stream, token, head);
-        const float weight = norm.inv_sum/n_head;
-        int cell = cell_begin;
-        for (; cell + LANES <= cell_end; cell += LANES) {
-            store(scores + cell, load(scores + cell) + weight*vexp(load(logits + cell) - norm.max));
-        }
-        for (; cell < cell_end; ++cell) {
-            scores[cell] += weight*expf(logits[cell] - norm.max);
-        }
+        pool_head(job, stream, token, head, n_head, cell_begin, cell_end, scores);
     }
     const ggml_fp16_t * mask = hylra_mask_row(job.attn, stream, token);
     for (int cell = cell_begin; mask && cell < cell_end; ++cell) {
@@ -490,7 +343,13 @@ void pool(const hylra_job & job, int stream, int token, int list, int lists, int
     }
 }
 
+int choose(const float * scores, int n_kv, int top_k, int block_size, int32_t * out) {
+    const int n = block_size > 1 ? hylra_choose_blocks(scores, n_kv, top_k, block_size, out) : choose_cells(scores, n_kv, top_k, out);
+    std::fill(out + n, out + top_k, -1);
+    return n;
+}
+
 } // namespace
 
 extern const hylra_kernels HYLRA_CAT(hylra_kernels_, HYLRA_ISA);
-const hylra_kernels HYLRA_CAT(hylra_kernels_, HYLRA_ISA) = { HYLRA_STR(HYLRA_ISA), attend, reduce, pool, hylra_choose };
+const hylra_kernels HYLRA_CAT(hylra_kernels_, HYLRA_ISA) = { HYLRA_STR(HYLRA_ISA), attend, reduce, pool, choose };

@@ -36,6 +36,15 @@ static double logit(const hylra_job & job, int stream, int token, int head, int 
     return s + double(hylra_slope(a, head))*bias;
 }
 
+// One peak for all tiles of the chunk.
+static void write_weights(const hylra_job & job, int stream, int token, int head, const std::vector<int32_t> & cells,
+                          const std::vector<double> & s, double peak) {
+    for (size_t i = 0; i < cells.size(); ++i) {
+        hylra_weights(job, stream, token, head)[cells[i]] = s[i] == -INFINITY ? 0.0f : float(exp(s[i] - peak));
+        hylra_peaks(job, stream, token, head)[cells[i]/HYLRA_TILE_CELLS] = float(peak);
+    }
+}
+
 static void attend_head(const hylra_job & job, int chunk, int stream, int token, int head, const std::vector<int32_t> & cells) {
     const hylra_attn & a = job.attn;
     const int head_kv = head/(a.n_head/a.n_head_kv);
@@ -46,9 +55,9 @@ static void attend_head(const hylra_job & job, int chunk, int stream, int token,
         read_row(job.k_to_float, a.k, a.k_nb, cells[i], head_kv, stream, a.n_embd_k, row.data());
         s[i] = logit(job, stream, token, head, cells[i], row.data());
         max  = std::max(max, s[i]);
-        if (job.logits) {
-            hylra_logits(job, stream, token, head)[cells[i]] = float(s[i]);
-        }
+    }
+    if (job.weights) {
+        write_weights(job, stream, token, head, cells, s, max);
     }
     for (size_t i = 0; i < cells.size(); ++i) {
         if (s[i] == -INFINITY) {
@@ -122,7 +131,8 @@ static void pool_ref(const hylra_job & job, int stream, int token, int list, int
         double sum = 0.0;
         for (int head = list*n_head; head < (list + 1)*n_head; ++head) {
             const hylra_norm norm = hylra_normaliser(job, stream, token, head);
-            sum += exp(double(hylra_logits(job, stream, token, head)[cell]) - norm.max)*norm.inv_sum;
+            const double peak = hylra_peaks(job, stream, token, head)[cell/HYLRA_TILE_CELLS];
+            sum += hylra_weights(job, stream, token, head)[cell]*exp(peak - norm.max)*norm.inv_sum;
         }
         scores[cell] = hylra_mask_at(a, stream, token, cell) == -INFINITY ? HYLRA_SCORE_HIDDEN : float(sum/n_head);
     }

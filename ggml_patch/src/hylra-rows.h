@@ -1,4 +1,5 @@
-// Readers of KV rows: step i of a row is its values [i*LANES, (i + 1)*LANES) as F32, converted in registers. A head size that
+// Readers of KV rows: step i of a row is its values [i*LANES, (i + 1)*LANES) as F32, converted in registers; a reader gives
+// STEPS of them at a time, which for quantised types is a block with its scale. A head size that
 // is no multiple of LANES, or a type without a reader here, goes through a padded F32 copy. Included by hylra-kernels.cpp only.
 #pragma once
 
@@ -66,30 +67,41 @@ inline float f16_to_f32(const char * p) {
 }
 
 struct reader_f32 {
-    static vf at(const char * row, int i) { return load((const float *) row + i*LANES); }
+    static constexpr int STEPS = 1;
+    static void read(const char * row, int i, vf * out) { out[0] = load((const float *) row + i*LANES); }
 };
 
 struct reader_f16 {
-    static vf at(const char * row, int i) { return load_f16((const ggml_fp16_t *) row + i*LANES); }
+    static constexpr int STEPS = 1;
+    static void read(const char * row, int i, vf * out) { out[0] = load_f16((const ggml_fp16_t *) row + i*LANES); }
 };
 
 struct reader_bf16 {
-    static vf at(const char * row, int i) { return load_bf16((const uint16_t *) row + i*LANES); }
+    static constexpr int STEPS = 1;
+    static void read(const char * row, int i, vf * out) { out[0] = load_bf16((const uint16_t *) row + i*LANES); }
 };
 
 // blocks of 32 values, { F16 scale; int8 qs[32] } (ggml-common.h block_q8_0)
 struct reader_q8_0 {
-    static vf at(const char * row, int i) {
-        const char * block = row + i*LANES/32*34;
-        return load_i8((const int8_t *) block + 2 + i*LANES%32)*f16_to_f32(block);
+    static constexpr int STEPS = 32/LANES;
+    static void read(const char * row, int i, vf * out) {
+        const char * block = row + i/STEPS*34;
+        const vf scale = splat(f16_to_f32(block));
+        for (int j = 0; j < STEPS; ++j) {
+            out[j] = load_i8((const int8_t *) block + 2 + j*LANES)*scale;
+        }
     }
 };
 
 // blocks of 32 values, { F16 scale; uint8 qs[16] }, the low nibbles first, offset 8 (ggml-common.h block_q4_0)
 struct reader_q4_0 {
-    static vf at(const char * row, int i) {
-        const char * block = row + i*LANES/32*18;
-        return (load_nibbles((const uint8_t *) block + 2 + i*LANES%16, i*LANES%32/16*4) - 8.0f)*f16_to_f32(block);
+    static constexpr int STEPS = 32/LANES;
+    static void read(const char * row, int i, vf * out) {
+        const char * block = row + i/STEPS*18;
+        const vf scale = splat(f16_to_f32(block));
+        for (int j = 0; j < STEPS; ++j) {
+            out[j] = (load_nibbles((const uint8_t *) block + 2 + j*LANES%16, j*LANES/16*4) - 8.0f)*scale;
+        }
     }
 };
 

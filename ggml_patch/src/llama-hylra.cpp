@@ -22,7 +22,7 @@
 static_assert(std::is_same_v<decltype(&llama_kv_cache::get_cells), const llama_kv_cells & (llama_kv_cache::*)(llama_seq_id) const>);
 static_assert(GGML_MAX_SRC >= 8, "attend takes five sources");
 
-constexpr size_t   SCRATCH_LIMIT_BYTES  = 256u << 20; // logits of one layer; above it the batch runs stock
+constexpr size_t   SCRATCH_LIMIT_BYTES  = 256u << 20; // softmax weights of one layer; above it the batch runs stock
 constexpr uint32_t KV_PADDING           = 256;        // llama_kv_cache::get_n_kv rounds up to it
 constexpr uint32_t TOKENS_PER_SEQUENCE  = 8;          // drafts of speculative decoding; more tokens are a prefill
 
@@ -202,7 +202,7 @@ struct layer_builder {
         op.scale      = kq_scale;
         op.max_bias   = graph.hparams.f_max_alibi_bias;
         op.softcap    = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
-        op.logits     = policy.layer_mode[il] == HYLRA_SELECT;
+        op.weights    = policy.layer_mode[il] == HYLRA_SELECT;
         op.block_size = int32_t(policy.block_size);
         op.meters     = input.state.layer_meters(il);
         for (int64_t head = 0; head < k->ne[2]; ++head) {
@@ -213,10 +213,10 @@ struct layer_builder {
         return input.ops.back();
     }
 
-    // F32 scratch: partial results, and the logits of a select layer
+    // F32 scratch: partial results, and the softmax weights of a select layer
     ggml_tensor * attend(hylra_op & op, ggml_tensor * cells) const {
         const int64_t n_listed = cells ? cells->ne[0] : k->ne[1];
-        const int64_t n = int64_t(hylra_attend_floats(hylra_attn_of(q, k, v, kq_mask, sinks), int(n_listed), op.logits));
+        const int64_t n = int64_t(hylra_attend_floats(hylra_attn_of(q, k, v, kq_mask, sinks), int(n_listed), op.weights));
         return custom("attend", GGML_TYPE_F32, { n, 1, 1, 1 }, { q, k, v, kq_mask, cells }, hylra_node_attend, op);
     }
 
@@ -254,11 +254,11 @@ static ggml_tensor * source_cells(const llm_graph_input_hylra & input, const ggm
 
 static bool ours(const llm_graph_input_hylra & input, const llm_graph_context & graph, const ggml_tensor * q, const ggml_tensor * k,
                  const ggml_tensor * v, const ggml_tensor * kq_mask, int64_t n_kv_max, int il) {
-    const size_t logits_bytes = sizeof(float)*k->ne[1]*q->ne[2]*q->ne[1]*q->ne[3];
+    const size_t weights_bytes = sizeof(float)*k->ne[1]*q->ne[2]*q->ne[1]*q->ne[3];
     return il >= 0 && il < int(input.policy->layer_count) && !graph.hparams.is_swa(il) &&
            n_kv_max == 0 && // a layer with a trained selection of its own
            kq_mask && kq_mask->type == GGML_TYPE_F16 && kq_mask->ne[2] == 1 && is_host_cache_view(k) && is_host_cache_view(v) &&
-           shapes_fit(q, k, v) && logits_bytes <= SCRATCH_LIMIT_BYTES;
+           shapes_fit(q, k, v) && weights_bytes <= SCRATCH_LIMIT_BYTES;
 }
 
 static ggml_tensor * build(layer_builder & b, float kq_scale) {

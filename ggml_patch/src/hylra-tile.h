@@ -1,0 +1,223 @@
+// One tile of cells: dot products with the query heads of a group, and the weighted sum of its V rows. A row is converted to
+// F32 in registers and used for up to MAX_HEADS query heads at once. Included by hylra-kernels.cpp only.
+#pragma once
+
+#include "hylra-attn.h"
+#include "hylra-rows.h"
+
+#include <algorithm>
+
+namespace {
+
+constexpr int TILE       = HYLRA_TILE_CELLS;
+constexpr int MAX_CHUNKS = HYLRA_MAX_CHUNKS;
+constexpr int MAX_HEADS  = 4; // query heads per pass: 16 sums and their inputs fit 32 registers
+
+// One tile of up to TILE cells of one stream.
+struct block {
+    const int32_t * list; // the cells, or nullptr: first, first + 1, ...
+    int first;
+    int n;
+
+    int cell(int i) const { return list ? list[i] : first + i; }
+};
+
+// The rows of a tile in one cache, for one KV head: row i starts at base + offset[i]. Rows behind the end repeat the last
+// one, since their logits are hidden afterwards. While a tile is computed, the rows that come after it are fetched: without
+// that one thread read a cold cache at 9 GB/s here, with it at 16.
+struct tile_rows {
+    const char * base;
+    const size_t * offset;
+    const char * next_base;
+    const size_t * next_offset;
+    int row_bytes;
+
+    const char * at(int i) const { return base + offset[i]; }
+
+    void fetch_next(int i) const {
+        const char * row = next_base + next_offset[i];
+        for (int byte = 0; byte < row_bytes; byte += 64) {
+            __builtin_prefetch(row + byte, 0, 2);
+        }
+    }
+
+    void fetch_next_all() const {
+        for (int i = 0; i < TILE; ++i) {
+            fetch_next(i);
+        }
+    }
+};
+
+void find_rows(const block & b, size_t row_bytes, size_t * offset) {
+    for (int i = 0; i < TILE; ++i) {
+        offset[i] = b.n == 0 ? 0 : b.cell(std::min(i, b.n - 1))*row_bytes;
+    }
+}
+
+// s[h][cell] = q[h] . k[cell] for HEADS query heads. CELLS cells at a time: their sums stay in registers, then are folded so
+// that LANES cells share one horizontal reduction.
+template<class READER, int HEADS>
+void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]) {
+    constexpr int CELLS = LANES >= 16 ? 4 : 2;
+    for (int cell = 0; cell < TILE; cell += LANES) {
+        vf part[HEADS][LANES/CELLS];
+        for (int p = 0; p < LANES/CELLS; ++p) {
+            const char * row[CELLS];
+            for (int c = 0; c < CELLS; ++c) {
+                row[c] = k.at(cell + p*CELLS + c);
+                k.fetch_next(cell + p*CELLS + c);
+            }
+            vf acc[HEADS][CELLS] = {};
+            for (int i = 0; i < n_step; i += READER::STEPS) {
+                vf kv[CELLS][READER::STEPS];
+                for (int c = 0; c < CELLS; ++c) {
+                    READER::read(row[c], i, kv[c]);
+                }
+                for (int j = 0; j < READER::STEPS; ++j) {
+                    for (int h = 0; h < HEADS; ++h) {
+                        const vf qv = load(q[h] + (i + j)*LANES);
+                        for (int c = 0; c < CELLS; ++c) {
+                            acc[h][c] += qv*kv[c][j];
+                        }
+                    }
+                }
+            }
+            for (int h = 0; h < HEADS; ++h) {
+                part[h][p] = fold_all<1, CELLS>(acc[h]);
+            }
+        }
+        for (int h = 0; h < HEADS; ++h) {
+            store(s[h] + cell, fold_all<CELLS, LANES/CELLS>(part[h]));
+        }
+    }
+}
+
+// acc[h][d0..] += sum over cells of p[h][cell]*v[cell][d0..] for STEPS vectors of dimensions, whose sums stay in registers
+template<class READER, int HEADS, int STEPS>
+void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, int step, float * const * acc) {
+    vf sum[HEADS][STEPS];
+    for (int h = 0; h < HEADS; ++h) {
+        for (int i = 0; i < STEPS; ++i) {
+            sum[h][i] = load(acc[h] + (step + i)*LANES);
+        }
+    }
+    for (int cell = 0; cell < n_cells; ++cell) {
+        const char * row = v.at(cell);
+        if (step == 0) {
+            v.fetch_next(cell);
+        }
+        vf w[HEADS];
+        for (int h = 0; h < HEADS; ++h) {
+            w[h] = splat(p[h][cell]);
+        }
+        for (int i = 0; i < STEPS; i += READER::STEPS) {
+            vf vv[READER::STEPS];
+            READER::read(row, step + i, vv);
+            for (int j = 0; j < READER::STEPS; ++j) {
+                for (int h = 0; h < HEADS; ++h) {
+                    sum[h][i + j] += w[h]*vv[j];
+                }
+            }
+        }
+    }
+    for (int h = 0; h < HEADS; ++h) {
+        for (int i = 0; i < STEPS; ++i) {
+            store(acc[h] + (step + i)*LANES, sum[h][i]);
+        }
+    }
+}
+
+template<class READER, int HEADS>
+void accumulate_tile(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc) {
+    constexpr int FIT  = LANES >= 16 && HEADS <= 3 ? 8 : LANES >= 16 || HEADS <= 2 ? 4 : 2; // strips whose sums fit the registers
+    constexpr int LONG = FIT > READER::STEPS ? FIT : READER::STEPS;
+    int step = 0;
+    for (; step + LONG <= n_step; step += LONG) {
+        accumulate_strip<READER, HEADS, LONG>(p, v, n_cells, step, acc);
+    }
+    for (; step < n_step; step += READER::STEPS) {
+        accumulate_strip<READER, HEADS, READER::STEPS>(p, v, n_cells, step, acc);
+    }
+}
+
+typedef void (*dot_t)(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]);
+typedef void (*accumulate_t)(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc);
+
+// The kernels of one KV type, by number of query heads.
+struct type_kernels {
+    dot_t        dot[MAX_HEADS];
+    accumulate_t accumulate[MAX_HEADS];
+};
+
+template<class READER>
+constexpr type_kernels kernels_of = {
+    { dot_tile<READER, 1>, dot_tile<READER, 2>, dot_tile<READER, 3>, dot_tile<READER, 4> },
+    { accumulate_tile<READER, 1>, accumulate_tile<READER, 2>, accumulate_tile<READER, 3>, accumulate_tile<READER, 4> },
+};
+
+// nullptr: rows of this type or size go through a padded F32 copy
+const type_kernels * direct_kernels(int type, int n_embd) {
+    if (n_embd % LANES != 0) {
+        return nullptr;
+    }
+    switch (type) {
+        case GGML_TYPE_F32:  return &kernels_of<reader_f32>;
+        case GGML_TYPE_F16:  return &kernels_of<reader_f16>;
+        case GGML_TYPE_BF16: return &kernels_of<reader_bf16>;
+        case GGML_TYPE_Q8_0: return &kernels_of<reader_q8_0>;
+        case GGML_TYPE_Q4_0: return &kernels_of<reader_q4_0>;
+    }
+    return nullptr;
+}
+
+// One of the two caches as a task reads it.
+struct cache_side {
+    const char * data;        // of the stream
+    size_t cell_bytes, head_bytes;
+    int    type, n_embd, n_step;
+    const type_kernels * kernels;
+    bool   direct;
+    hylra_to_float_t to_float;
+    float * copy;             // [padded(n_embd), TILE] if not direct
+    size_t offset[2][TILE];   // of the cells of this tile and the next
+    size_t copy_offset[TILE];
+    int    now = 0;
+
+    cache_side(const void * data, const uint64_t * nb, int stream, int type, int n_embd, hylra_to_float_t to_float, float * copy) :
+        data((const char *) data + stream*nb[3]), cell_bytes(nb[1]), head_bytes(nb[2]), type(type), n_embd(n_embd),
+        n_step((n_embd + LANES - 1)/LANES), kernels(direct_kernels(type, n_embd)), direct(kernels != nullptr), to_float(to_float), copy(copy) {
+        if (!direct) {
+            kernels = &kernels_of<reader_f32>;
+        }
+    }
+
+    // Before the first tile with what it holds, then at each tile with the one that follows it.
+    void advance(const block & next) {
+        now ^= 1;
+        find_rows(next, cell_bytes, offset[now ^ 1]);
+    }
+
+    // next_head: the KV head that is read in the next tile
+    tile_rows rows(const block & b, int head_kv, int next_head) {
+        const char * head = data + head_kv*head_bytes;
+        return direct ? tile_rows{ head, offset[now], data + next_head*head_bytes, offset[now ^ 1], int(head_bytes) } : converted(b, head);
+    }
+
+    // stride of the copy: whole vectors, so that kernels need no tail
+    tile_rows converted(const block & b, const char * head) {
+        for (int i = 0; i < TILE; ++i) {
+            float * row = copy + i*hylra_padded(n_embd);
+            copy_offset[i] = i*hylra_padded(n_embd)*sizeof(float);
+            memset(row, 0, sizeof(float)*hylra_padded(n_embd));
+            const char * source = head + offset[now][i];
+            if (i < b.n && to_float) {
+                to_float(source, row, n_embd);
+            } else if (i < b.n) {
+                memcpy(row, source, sizeof(float)*n_embd);
+            }
+        }
+        return { (const char *) copy, copy_offset, (const char *) copy, copy_offset, 0 };
+    }
+};
+
+} // namespace
