@@ -257,9 +257,9 @@ def write_png(rows: list[dict], path: str) -> None:
     lines = {arm: [[one[name] for one in rows if one["arm"] == arm] for name in ("median_ts", "min_ts", "max_ts")]
              for arm in dict.fromkeys(one["arm"] for one in rows)}
     first = rows[0]
-    title = f"{first['model_type']}, KV {first['type_k']}/{first['type_v']}, {first['n_threads']} threads"
+    title = f"{first['model_type']}, KV {first['type_k']}/{first['type_v']}, threads: {first['n_threads']}"
     if first["n_seq"] > 1:
-        title += f", {first['n_seq']} sequences"
+        title += f", sequences: {first['n_seq']}"
     depths = sorted({one["n_depth"] for one in rows})
     with plots.plain_style(), plain_os_errors(path), replacing(path) as fd, open(fd, "wb", closefd=False) as file:
         file.write(plots.png(plots.speeds(depths, lines, title, f"median tokens/s ({first['fill']} cache)")))

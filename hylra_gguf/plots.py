@@ -225,10 +225,10 @@ def speeds(depths: List[int], lines: Dict[str, List[Numbers]], title: str, label
     figure, ax = axes(title, 3.4)
     for number, (name, (middle, low, high)) in enumerate(lines.items()):
         colour = ARMS.get(name, LINES[number % len(LINES)])
-        ax.plot(depths, values(middle), color=colour, marker=".", label=name)
-        ax.fill_between(depths, values(low), values(high), color=colour, alpha=0.18, linewidth=0)
+        spread = values(middle) - values(low), values(high) - values(middle)
+        ax.errorbar(depths, values(middle), spread, color=colour, marker=".", capsize=2.5, label=name)
     ax.set(xlabel="cached tokens", ylabel=label)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    figure.legend(loc="outside lower center", ncols=min(3, len(lines)))
+    figure.legend(loc="outside lower center", ncols=min(4, len(lines)))
     return figure

@@ -139,8 +139,10 @@ def test_the_picture_has_a_line_with_spread_per_arm():
     with plots.plain_style():
         figure = plots.speeds([0, 100], {"stock-fa1": [[9, 5], [8, 4], [10, 6]], "hylra:a": [[9, 8], [8, 7], [10, 9]]}, "t", "tokens/s")
     ax, = figure.axes
-    assert [line.get_label() for line in ax.lines] == ["stock-fa1", "hylra:a"] and len(ax.collections) == 2
-    assert ax.lines[1].get_xydata().tolist() == [[0, 9], [100, 8]] and ax.get_ylim()[0] == 0
+    assert [line.get_label() for line in ax.containers] == ["stock-fa1", "hylra:a"] and ax.get_ylim()[0] == 0
+    line, _, (spread,) = ax.containers[1]
+    assert line.get_xydata().tolist() == [[0, 9], [100, 8]]
+    assert [bar.tolist() for bar in spread.get_segments()] == [[[0, 8], [0, 10]], [[100, 7], [100, 9]]]
 
 
 @pytest.mark.parametrize("line, words", [

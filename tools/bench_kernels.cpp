@@ -2,7 +2,10 @@
 // One sequence, one token; it measures kernels and nothing else (llama.cpp's graph and weights are `hylra-gguf bench`).
 //
 //   bench-kernels [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 32768] [--top-k 1024] [--lists 8] [--type f16|q8_0|bf16|f32|q4_0]
-//                 [--threads 2] [--repetitions 9] [--isa avx512|avx2|base]
+//                 [--threads 2] [--repetitions 9] [--isa avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|reuse|read]
+//
+// --cache hot: nothing is read between the arms, so that a few cells stay in the processor's cache and only arithmetic is left.
+// --only: the arms of that name alone, so that a counter around the process sees nothing else; read is what comes before each.
 #include "hylra-attn.h"
 #include "hylra-cpu.h"
 
@@ -27,7 +30,7 @@ namespace {
 struct options {
     int heads = 32, kv_heads = 8, head_size = 128, n_kv = 32768, top_k = 1024, lists = 8, threads = 2, repetitions = 9;
     ggml_type type = GGML_TYPE_F16;
-    std::string isa;
+    std::string isa, cache = "cold", only;
 };
 
 // ---- threads that wait by spinning, as ggml's pool does
@@ -138,6 +141,7 @@ struct bench {
     bench(const options & o, const hylra_kernels & kernels, const hylra_attn & a) : o(o), kernels(kernels),
         scores(size_t(o.n_kv)*o.lists), out(size_t(o.heads)*o.head_size), cells(size_t(o.top_k)*o.lists), head_list(o.kv_heads) {
         for (int head = 0; head < o.kv_heads; ++head) { head_list[head] = o.lists == 1 ? 0 : head; }
+        for (size_t i = 0; i < cells.size(); ++i) { cells[i] = int32_t(i % o.top_k*o.n_kv/o.top_k); } // until `choose` has run
         dense       = place(a, dense_scratch, false);
         with_weights = place(a, weights_scratch, true);
         hylra_attn listed = a;
@@ -221,18 +225,26 @@ options parse(int argc, char ** argv) {
     options o;
     const std::map<std::string, int *> numbers = { { "--heads", &o.heads }, { "--kv-heads", &o.kv_heads }, { "--head-size", &o.head_size },
         { "--n-kv", &o.n_kv }, { "--top-k", &o.top_k }, { "--lists", &o.lists }, { "--threads", &o.threads }, { "--repetitions", &o.repetitions } };
+    const std::map<std::string, std::string *> words = { { "--isa", &o.isa }, { "--cache", &o.cache }, { "--only", &o.only } };
     for (int i = 1; i < argc; ++i) {
         const std::string flag = argv[i];
-        const bool known = numbers.count(flag) || flag == "--type" || flag == "--isa";
+        const bool known = numbers.count(flag) || words.count(flag) || flag == "--type";
         if (!known || i + 1 == argc) {
             fprintf(stderr, "bench-kernels: %s: %s; see the head of tools/bench_kernels.cpp\n", argv[i], known ? "value missing" : "unknown flag");
             exit(2);
         }
         const char * value = argv[++i];
-        if (flag == "--type")     { o.type = type_of(value); }
-        else if (flag == "--isa") { o.isa = value; }
-        else                      { *numbers.at(flag) = number(value, flag.c_str()); }
+        if (flag == "--type")       { o.type = type_of(value); }
+        else if (words.count(flag)) { *words.at(flag) = value; }
+        else                        { *numbers.at(flag) = number(value, flag.c_str()); }
     }
+    const auto one_of = [](const std::string & word, std::initializer_list<const char *> words, const char * flag) {
+        if (std::find(words.begin(), words.end(), word) != words.end()) { return; }
+        fprintf(stderr, "bench-kernels: %s %s: see the head of tools/bench_kernels.cpp\n", flag, word.c_str());
+        exit(2);
+    };
+    one_of(o.cache, { "cold", "hot" }, "--cache");
+    one_of(o.only, { "", "full", "select", "reuse", "read" }, "--only");
     if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > o.n_kv || o.head_size % ggml_blck_size(o.type)) {
         fprintf(stderr, "bench-kernels: heads must be a multiple of kv-heads, lists 1 or kv-heads, top-k at most n-kv, head-size whole blocks\n");
         exit(2);
@@ -266,6 +278,7 @@ int main(int argc, char ** argv) {
         { "full",          dense_bytes,  [&](int i, int n) { b.attend(b.dense, i, n); } },
         { "full_reduce",   0,            [&](int i, int n) { b.reduce(b.dense, i, n); } },
         { "select_attend", dense_bytes,  [&](int i, int n) { b.attend(b.with_weights, i, n); } },
+        { "select_reduce", 0,            [&](int i, int n) { b.reduce(b.with_weights, i, n); } },
         { "select_pool",   0,            [&](int i, int n) { b.pool(i, n); } },
         { "select_choose", 0,            [&](int i, int n) { b.choose(i, n); } },
         { "reuse",         sparse_bytes, [&](int i, int n) { b.attend(b.sparse, i, n); } },
@@ -273,13 +286,17 @@ int main(int argc, char ** argv) {
     };
     team t(o.threads);
     std::map<std::string, std::vector<double>> seconds;
-    std::vector<double> bandwidth;
+    std::vector<double> bandwidth(o.cache == "hot", read_bytes_per_s(t, buffer));
+    const auto read_once = [&](int round) {
+        if (o.cache == "hot") { return; }
+        const double read = read_bytes_per_s(t, buffer);
+        if (round > 0) { bandwidth.push_back(read); }
+    };
     for (int r = 0; r <= o.repetitions; ++r) { // the first round warms up
+        if (o.only == "read") { read_once(r); }
         for (const arm & one : arms) {
-            if (one.bytes > 0) {
-                const double read = read_bytes_per_s(t, buffer);
-                if (r > 0) { bandwidth.push_back(read); }
-            }
+            if (strncmp(one.name, o.only.c_str(), o.only.size()) != 0) { continue; }
+            if (one.bytes > 0) { read_once(r); }
             const double s = t.run(one.run);
             if (r > 0) { seconds[one.name].push_back(s); }
         }
@@ -289,6 +306,7 @@ int main(int argc, char ** argv) {
            "\"threads\": %d, \"repetitions\": %d, \"read_bytes_per_s\": %.4g", kernels->isa, ggml_type_name(o.type), o.heads, o.kv_heads, o.head_size,
            o.n_kv, o.top_k, o.lists, o.threads, o.repetitions, read);
     for (const arm & one : arms) {
+        if (!seconds.count(one.name)) { continue; }
         const double s = median(seconds[one.name]);
         printf(",\n \"%s_ms\": %.4f", one.name, s*1e3);
         if (one.bytes > 0) {
