@@ -22,9 +22,9 @@ from .divergence import dense_policy
 from .errors import HylraError, PolicyError, plain_os_errors
 from .files import replacing
 from .fill import SYNTHETIC, fill, make_tokens
-from .forward import GGML_TYPES, N_UBATCH, cpu_count
+from .forward import GGML_TYPES, cpu_count
 from .policy import Policy, read_policy
-from .session import Context, Model
+from .session import N_UBATCH, Context, Model
 from .tables import FORMATS
 
 STOCK = {"stock-fa1": True, "stock-fa0": False}  # flash attention

@@ -83,6 +83,6 @@ class Judge:
         engine.set_policy(self.context.ctx, policy)
         for start in range(self.depth, self.depth + self.n_tokens, DECODE_TOKENS):
             part = self.texts[seq][start : min(start + DECODE_TOKENS, self.depth + self.n_tokens)]
-            self.context.decode(part, start, seq, logits=True)
+            self.context.decode(part, start, seq, outputs=range(len(part)))
             yield log_softmax(self.context.logits(len(part)))
         self.context.rewind(self.depth, seq)

@@ -15,12 +15,13 @@ import numpy as np
 from . import measure
 from .attention_trace import rows_from_trace
 from .errors import ProfileError
-from .forward import N_UBATCH, Forward, cpu_count
+from .forward import Forward, cpu_count
 from .measure import AttentionRows, Budget
 from .policy import REUSE, SELECT, Policy
 from .profile import Options, calibration_tokens, check_options, choose_contexts
 from .profile_data import HIGH_QUANTILE, LOW_QUANTILE
 from .samples import choose_top_ks, plan_samples
+from .session import N_UBATCH
 
 STEP_TOKENS = 8  # the most that one sequence may have in a batch that the engine counts as decode
 
@@ -127,7 +128,7 @@ def measure_drift(model_path: str, policy: Policy, texts: list[tuple[str, str]] 
         raise ProfileError(f"the policy has no reuse layer ({policy.one_line()}), so nothing can drift; plan with a lower --theta")
     recalls = Recalls()
     with Forward(model_path) as forward:
-        contexts = choose_contexts(options.contexts, forward.api.llama_model_n_ctx_train(forward.model))
+        contexts = choose_contexts(options.contexts, forward.api.llama_model_n_ctx_train(forward.model.handle))
         top_k, = choose_top_ks(contexts[0], [budget_at(policy, contexts[-1])], policy.sink_tokens + policy.recent_tokens)
         names, token_lists = calibration_tokens(forward, texts, contexts[-1])
         samples = plan_samples(len(names), contexts, options.samples, top_k)

@@ -20,7 +20,7 @@ CHARS_PER_TOKEN = 8  # more than any tokenizer makes of prose and code on averag
 
 def make_tokens(model: Model, count: int) -> tuple[list[int], str]:
     """(that many tokens, TEXT); a text that is too short repeats. A model without tokenizer gets (random tokens, RANDOM)."""
-    if model.api.llama_vocab_type(model.vocab) == model.api.LLAMA_VOCAB_TYPE_NONE:
+    if not model.has_tokenizer:
         rng = random.Random(0)
         return [rng.randrange(model.n_vocab) for _ in range(count)], RANDOM
     tokens = model.tokenize(calibration_text(count * CHARS_PER_TOKEN)[0])

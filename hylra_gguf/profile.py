@@ -154,12 +154,12 @@ def profile_model(model_path: str, texts: list[tuple[str, str]] | None = None, o
     """
     check_options(options)
     with Forward(model_path) as forward:
-        contexts = choose_contexts(options.contexts, forward.api.llama_model_n_ctx_train(forward.model))
+        contexts = choose_contexts(options.contexts, forward.api.llama_model_n_ctx_train(forward.model.handle))
         budget = Budget(choose_top_ks(contexts[0], options.top_k, options.sink_tokens + options.recent_tokens),
                         options.sink_tokens, options.recent_tokens)
         names, token_lists = calibration_tokens(forward, texts, contexts[-1])
         samples = plan_samples(len(names), contexts, options.samples, budget.top_k[-1])
-        layers, heads = forward.api.llama_model_n_layer(forward.model), forward.api.llama_model_n_head_kv(forward.model)
+        layers, heads = forward.api.llama_model_n_layer(forward.model.handle), forward.api.llama_model_n_head_kv(forward.model.handle)
         collector = Collector(layers, heads, len(samples), budget, sorted(set(options.block_sizes) | {1}))
         identity, arch = model_identity(model_path), forward.meta("general.architecture")
         partial = Partial(output, settings_of(identity, token_lists, contexts, collector, options))

@@ -1,12 +1,13 @@
 """A model and a context driven through llama.cpp's own API, for measurements that `Llama` is too high for; text models only.
 
-Everything runs on the CPU unless layers are offloaded by the caller's parameters. Errors are one line.
+Everything runs on the CPU. Errors are one line.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Container
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Model:
             raise ModelFileError(f"{path}: llama.cpp cannot load this model; check that the GGUF file is whole")
         self.vocab = self.api.llama_model_get_vocab(self.handle)
         self.n_vocab = self.api.llama_vocab_n_tokens(self.vocab)
+        self.has_tokenizer = self.api.llama_vocab_type(self.vocab) != self.api.LLAMA_VOCAB_TYPE_NONE
 
     def __enter__(self) -> Model:
         return self
@@ -47,11 +49,11 @@ class Model:
 
     def tokenize(self, text: str) -> list[int]:
         """Raises ModelFileError for a model without tokenizer."""
+        if not self.has_tokenizer:
+            raise ModelFileError(f"{self.path}: this model has no tokenizer; name one that has")
         data = text.encode("utf-8", "replace")
         room = (self.api.llama_token * (len(data) + 8))()
         n = self.api.llama_tokenize(self.vocab, data, len(data), room, len(room), True, False)
-        if n <= 0 < len(data):
-            raise ModelFileError(f"{self.path}: this model has no tokenizer; name one that has")
         return list(room[:max(n, 0)])
 
 
@@ -59,10 +61,11 @@ class Context:
     """A context of n_seq sequences, each with a cache of n_ctx tokens of its own.
 
     scratch: one sequence more that shares the cache of a single one, so that cells can be copied within it (fill.py).
+    on_node: llama.cpp's ggml_backend_sched_eval_callback in Python, called with every node of the graph.
     """
 
     def __init__(self, model: Model, n_ctx: int, *, n_seq: int = 1, n_threads: int = 1, type_k: int = 1, type_v: int = 1,
-                 flash_attn: bool = True, scratch: bool = False):
+                 flash_attn: bool = True, scratch: bool = False, on_node=None):
         self.model, self.api, self.n_seq, self.scratch = model, model.api, n_seq, scratch
         n_ctx = -(-n_ctx // N_CTX_UNIT) * N_CTX_UNIT
         params = self.api.llama_context_default_params()
@@ -71,6 +74,10 @@ class Context:
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_k, type_v
         params.flash_attn_type = int(flash_attn)
+        params.offload_kqv = params.op_offload = False
+        self.callback = self.api.ggml_backend_sched_eval_callback(on_node) if on_node else None  # must outlive the context
+        if on_node:
+            params.cb_eval = self.callback
         params.swa_full = True  # a sliding-window cache must survive a rewind
         self.ctx = self.api.llama_init_from_model(model.handle, params)
         if not self.ctx:
@@ -86,10 +93,10 @@ class Context:
         self.api.llama_batch_free(self.batch)
         self.api.llama_free(self.ctx)
 
-    def decode(self, tokens: list[int], first_pos: int, seq: int = 0, logits: bool = False) -> None:
-        """One llama_decode of at most N_UBATCH tokens; logits: of every token, else of none but the last."""
-        last = len(tokens) - 1
-        self._decode([(token, first_pos + i, seq, logits or i == last) for i, token in enumerate(tokens)])
+    def decode(self, tokens: list[int], first_pos: int, seq: int = 0, outputs: Container[int] | None = None) -> None:
+        """One llama_decode of at most N_UBATCH tokens; outputs: those whose logits are wanted, else the last."""
+        wanted = (len(tokens) - 1,) if outputs is None else outputs
+        self._decode([(token, first_pos + i, seq, i in wanted) for i, token in enumerate(tokens)])
 
     def step(self, token: int, pos: int) -> None:
         """The next token of every sequence, in one llama_decode."""
@@ -104,7 +111,7 @@ class Context:
             batch.seq_id[i][0] = seq
         code = self.api.llama_decode(self.ctx, batch)
         if code != 0:
-            raise HylraError(f"{self.model.path}: llama_decode stopped with code {code} at token {entries[0][1]}")
+            raise HylraError(f"{self.model.path}: llama.cpp stopped with code {code} at token {entries[0][1]}")
 
     def prefill(self, tokens: list[int], first_pos: int = 0, seq: int = 0, progress=None) -> None:
         for start in range(0, len(tokens), N_UBATCH):

@@ -6,7 +6,7 @@ import pytest
 from support import VOCAB, write_tiny_model
 
 from hylra_gguf import engine, fill
-from hylra_gguf.errors import HylraError
+from hylra_gguf.errors import HylraError, ModelFileError
 from hylra_gguf.session import Context, Model
 
 
@@ -60,6 +60,8 @@ def test_a_model_without_tokenizer_gets_random_tokens(model):
     tokens, kind = fill.make_tokens(model, 500)
     assert kind == "random" and len(tokens) == 500 and len(set(tokens)) > VOCAB // 2 and 0 <= min(tokens) <= max(tokens) < VOCAB
     assert fill.make_tokens(model, 500)[0] == tokens
+    with pytest.raises(ModelFileError, match="tiny.gguf: this model has no tokenizer"):
+        model.tokenize("text")
 
 
 def last_position(context: Context, seq: int) -> int:

@@ -94,6 +94,25 @@ def test_without_perf_nothing_is_exposed(monkeypatch):
     assert hardware_check.count_events(["false"]) == NOTHING and not hardware_check.is_exposed()
 
 
+def test_a_layer_is_counted_alone_and_without_the_reads_before_it(monkeypatch):
+    seen = []
+
+    def count_events(command: list[str]) -> dict:
+        seen.append(flags := dict(zip(command[1::2], command[2::2])))
+        return dict(NOTHING, instructions={"full": 4400, "select": 5400, "reuse": 800, "read": 400}[flags["--only"]])
+
+    monkeypatch.setattr(hardware_check, "count_events", count_events)
+    args = hardware_check.parse("./bench-kernels -r 3 -t 2".split())
+    found = hardware_check.layer_counts(args, "avx2", "f16", 500, counting=True)
+    assert {kind: counts["instructions"] for kind, counts in found.items()} == {"full": 1000, "select": 1250, "reuse": 100}
+    assert {(flags["--threads"], flags["--n-kv"], flags["--top-k"]) for flags in seen} == {("1", "500", "500")}
+
+
+def test_a_step_is_counted_without_loading_and_filling(monkeypatch):
+    monkeypatch.setattr(hardware_check, "count_events", lambda command: dict(NOTHING, cycles=10_000 + 7 * int(command[-1])))
+    assert hardware_check.step_counts(["bench"], {"n_depth": 5, "arm": "full"}) == dict(NOTHING, cycles=7.0)
+
+
 # ---- whole steps
 
 SHAPE = Shape(layers=4, heads=4, head_size_k=64, head_size_v=64, heads_kv=2, weights=1_000_000, weight_bytes=500_000)
