@@ -201,7 +201,7 @@ def random_scores(n_kv, seed, ties):
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 128])
-@pytest.mark.parametrize("n_kv,top_k", [(1, 1), (300, 40), (5000, 1024), (5000, 5000), (513, 512)])
+@pytest.mark.parametrize("n_kv,top_k", [(1, 1), (300, 40), (5000, 1024), (5000, 5000), (513, 512), (40000, 2), (40000, 2048), (40000, 39999)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_choose_equals_twin(n_kv, top_k, block_size, ties):
     for seed in range(5):
@@ -212,6 +212,24 @@ def test_choose_equals_twin(n_kv, top_k, block_size, ties):
         want = choose("ref", scores, top_k, block_size)
         for isa in HERE:
             np.testing.assert_array_equal(choose(isa, scores, top_k, block_size), want)
+
+
+def test_choose_in_long_rows_that_a_sample_misleads():
+    """A row is narrowed down by every n-th score first; these rows have their best scores where that does not look, or all alike."""
+    n_kv = 8192
+    hidden_from_sample = np.full(n_kv, 0.001, np.float32)
+    hidden_from_sample[1::8] = 0.5 + np.arange(1024) / 4096
+    only_sample = np.full(n_kv, 0.001, np.float32)
+    only_sample[::8] = 0.5
+    alike = np.full(n_kv, 0.25, np.float32)
+    all_hidden = np.full(n_kv, HIDDEN, np.float32)
+    last = all_hidden.copy()
+    last[-1] = 0.5
+    for scores in (hidden_from_sample, only_sample, alike, all_hidden, last):
+        for top_k in (1, 100, 1024, 5000):
+            want = choose("ref", scores, top_k)
+            for isa in HERE:
+                np.testing.assert_array_equal(choose(isa, scores, top_k), want)
 
 
 def test_choose_takes_the_best_ascending_forced_first_hidden_never():
