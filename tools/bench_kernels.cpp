@@ -8,6 +8,7 @@
 // --only: the arms of that name alone, so that a counter around the process sees nothing else; read is what comes before each.
 #include "hylra-attn.h"
 #include "hylra-cpu.h"
+#include "hylra-memory.h"
 
 #include "ggml.h"
 
@@ -20,6 +21,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -79,13 +81,16 @@ private:
 // ---- the problem: a cache laid out as llama.cpp's, one row per cell with all KV heads behind each other
 
 struct cache {
-    std::vector<uint8_t> k, v;
+    std::unique_ptr<uint8_t[]> k, v;
     size_t head_bytes, row_bytes;
 };
 
-std::vector<uint8_t> random_rows(const options & o, size_t head_bytes, unsigned seed) {
+std::unique_ptr<uint8_t[]> random_rows(const options & o, size_t head_bytes, unsigned seed) {
+    const size_t size_bytes = size_t(o.n_kv)*o.kv_heads*head_bytes;
     std::vector<float> values(o.head_size);
-    std::vector<uint8_t> rows(size_t(o.n_kv)*o.kv_heads*head_bytes), one(head_bytes);
+    std::vector<uint8_t> one(head_bytes);
+    std::unique_ptr<uint8_t[]> rows(new uint8_t[size_bytes]);
+    hylra_advise_huge_pages(rows.get(), size_bytes);
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < size_t(o.n_kv)*o.kv_heads; ++i) {
@@ -114,8 +119,8 @@ hylra_attn make_attn(const options & o, const cache & c, const float * q, const 
     a.n_tokens = a.n_stream = 1;
     a.scale = 1.0f/std::sqrt(float(o.head_size));
     a.q = q;
-    a.k = c.k.data();
-    a.v = c.v.data();
+    a.k = c.k.get();
+    a.v = c.v.get();
     a.mask = mask;
     const uint64_t q_row = sizeof(float)*o.head_size, all = c.row_bytes*o.n_kv, mask_row = sizeof(ggml_fp16_t)*o.n_kv;
     const uint64_t q_nb[4] = { sizeof(float), q_row*o.heads, q_row, q_row*o.heads }, kv_nb[4] = { 1, c.row_bytes, c.head_bytes, all };

@@ -3,6 +3,7 @@
 #include "llama-hylra.h"
 
 #include "hylra-context.h"
+#include "hylra-memory.h"
 
 #include "llama-cparams.h"
 #include "llama-graph.h"
@@ -73,6 +74,12 @@ std::shared_ptr<llama_hylra_context> llama_hylra_init(const llama_model & model)
         LLAMA_LOG_WARN("%s: HyLRA off: %s\n", __func__, state->reason.c_str());
     }
     return state;
+}
+
+void llama_hylra_cache_allocated(const llama_model & model, ggml_backend_buffer * buffer) {
+    if (reason_of(model.hylra, "none").empty() && ggml_backend_buffer_is_host(buffer)) {
+        hylra_advise_huge_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
+    }
 }
 
 // ---- graph input: state of one graph, and the sink and recent cells of each token

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 
+struct ggml_backend_buffer;
 struct ggml_tensor;
 struct llama_hylra_context;
 struct llama_model;
@@ -17,6 +18,9 @@ llama_hylra_policy_ptr llama_hylra_load(const llama_model_loader & ml, const lla
 
 // constructor of llama_context: the state that cparams.hylra points to
 std::shared_ptr<llama_hylra_context> llama_hylra_init(const llama_model & model);
+
+// constructor of llama_kv_cache, before a buffer of the cache is first written
+void llama_hylra_cache_allocated(const llama_model & model, ggml_backend_buffer * buffer);
 
 // flash-attention branch of llm_graph_context::build_attn_mha; nullptr: not ours, build the stock node
 //   q [n_embd_k, n_tokens, n_head, n_stream], k [n_embd_k, n_kv, n_head_kv, n_stream], v [n_embd_v, n_kv, n_head_kv, n_stream]

@@ -1,0 +1,70 @@
+"""Runs bench-kernels over cache types and lengths and prints the rows as JSON, or the table of docs/speed.md from committed rows.
+
+    python tools/kernel_rows.py build/tools/bench-kernels [--n-kv 8192,32768,131072] [--type f16,q8_0] [-t 2] [-r 15] > docs/kernels.json
+    python tools/kernel_rows.py docs/kernels.json
+
+tools/hardware_check.py says how bench-kernels is built. Refuses what bench-kernels refuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from hylra_gguf.bench import commit, cpu_info
+
+HEAD = ("KV", "cells", "full ms", "of read", "select ms", "of read", "pooling and top-k", "reuse ms")
+
+
+def cells_of(row: dict) -> tuple:
+    """Select is all four nodes; shares of read are of the bandwidth measured in the same run."""
+    chosen_ms = row["select_pool_ms"] + row["select_choose_ms"]
+    select_ms = row["select_attend_ms"] + row["select_reduce_ms"] + chosen_ms
+    read = row["select_attend_bytes"] / row["read_bytes_per_s"] / (select_ms / 1e3)
+    return (row["type"], row["n_kv"], f"{row['full_ms']:.2f}", f"{row['full_of_read']:.0%}", f"{select_ms:.2f}", f"{read:.0%}",
+            f"{chosen_ms / select_ms:.0%}", f"{row['reuse_ms'] + row['reuse_reduce_ms']:.2f}")
+
+
+def table(result: dict) -> str:
+    lines = [HEAD, ("---",) * len(HEAD), *map(cells_of, result["rows"])]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    rows = []
+    for kind in args.type.split(","):
+        for n_kv in args.n_kv.split(","):
+            command = [args.source, "--n-kv", n_kv, "--type", kind, "--threads", args.threads, "--repetitions", args.repetitions]
+            print(shlex.join(command), file=sys.stderr)
+            rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    command = ["kernel_rows.py", *sys.argv[1:]]
+    return {"machine": cpu_info(), "commit": commit(), "command": shlex.join(command), "rows": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Times of one attention layer.", allow_abbrev=False)
+    parser.add_argument("source", metavar="BENCH_KERNELS|JSON", help="the program to run, or rows to print as a table")
+    parser.add_argument("--n-kv", default="8192,32768,131072", metavar="LIST", help="cells (default 8192,32768,131072)")
+    parser.add_argument("--type", default="f16,q8_0", metavar="LIST", help="of the KV cache (default f16,q8_0)")
+    parser.add_argument("-t", "--threads", default="2", metavar="N", help="default 2")
+    parser.add_argument("-r", "--repetitions", default="15", metavar="N", help="default 15")
+    args = parser.parse_args()
+    if args.source.endswith(".json"):
+        print(table(json.loads(Path(args.source).read_text())))
+        return 0
+    try:
+        print(json.dumps(measure(args), indent=1))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except OSError as error:
+        print(f"kernel_rows: {args.source}: {error.strerror}; name bench-kernels or rows that it printed", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
