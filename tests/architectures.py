@@ -118,6 +118,21 @@ ARCHITECTURES = {
 }
 
 
+# Layer counts and head shapes of large models, their width left small: 128 heads of MLA take 17 M weights a layer, so that model has few layers.
+LARGE = {
+    "QwQ-32B: 64 layers, 40 heads and 8 KV heads of 128": Architecture(
+        "llama", "a" * 64, NORMS + QKV + QKV_BIAS + GATED, {"embedding_length": 32, "attention.head_count": 40, "attention.head_count_kv": 8,
+        "attention.key_length": 128, "attention.value_length": 128, "rope.dimension_count": 128}, head_kv_count=8,
+        sizes=dict(E=32, H=40, D=128, Q=5120, K=1024)),
+    "DeepSeek-R1: 61 layers of MLA": Architecture(
+        "deepseek2", "a" * 61, MLA, {**MLA_KEYS, "embedding_length": 32, "attention.head_count": 2}, head_kv_count=1,
+        sizes={**MLA_SIZES, "E": 32, "H": 2, "B": 2 * 192, "O": 2 * 128}),
+    "DeepSeek-R1: 128 heads of MLA": Architecture(
+        "deepseek2", "aa", MLA, {**MLA_KEYS, "embedding_length": 32, "attention.head_count": 128}, head_kv_count=1,
+        sizes={**MLA_SIZES, "E": 32, "H": 128, "B": 128 * 192, "O": 128 * 128}),
+}
+
+
 def metadata(a: Architecture, context: int) -> dict:
     """Everything but general.* and the tokenizer; llama.cpp takes no notice of keys that an architecture does not read."""
     keys = {"context_length": context, "embedding_length": 128, "block_count": len(a.layers), "feed_forward_length": 96,
