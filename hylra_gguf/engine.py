@@ -183,7 +183,7 @@ def reset_counters(ctx) -> None:
 
 
 def status(ctx) -> dict:
-    """Is it on, why not, counters and captured mass per select layer (None before the first sparse step)."""
+    """Is it on, why not, counters, captured mass per select layer, and why which layer was left to llama.cpp (empty before the first sparse step)."""
     activate()
     ffi, lib = _loaded["ffi"], _loaded["lib"]
     raw = ffi.new("struct hylra_status *")
@@ -193,13 +193,23 @@ def status(ctx) -> dict:
     return {
         "on": bool(raw.on),
         "reason": ffi.string(lib.hylra_reason(pointer(ctx))).decode(),
-        "layers": {"full": raw.n_full, "select": raw.n_select, "reuse": raw.n_reuse, "left_to_stock": raw.n_layer_stock},
+        "layers": {"full": raw.n_full, "select": raw.n_select, "reuse": raw.n_reuse},
+        "left_to_stock": left_to_stock(ctx, raw.n_layer),
         "top_k": raw.top_k,
         "min_context": raw.min_context,
         "steps": raw.n_step,
         "sparse_steps": raw.n_step_sparse,
         "captured_mass": {il: mass[il] / n[il] for il in range(raw.n_layer) if n[il]},
     }
+
+
+def left_to_stock(ctx, n_layer: int) -> dict[int, str]:
+    """Why, per layer that the last sparse graph left to llama.cpp."""
+    ffi, lib = _loaded["ffi"], _loaded["lib"]
+    states = ffi.new("uint32_t[]", n_layer)
+    lib.hylra_layer_states(pointer(ctx), states, n_layer)
+    return {il: ffi.string(lib.hylra_layer_text(state)).decode() for il, state in enumerate(states)
+            if state not in (lib.HYLRA_LAYER_UNKNOWN, lib.HYLRA_LAYER_SERVED)}
 
 
 def version() -> str:

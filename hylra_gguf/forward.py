@@ -47,11 +47,6 @@ class Forward:
             raise ProfileError(f"{error}: lower -c or take another -ctk") from None
         self.ctx, self.memory = self.context.ctx, self.context.memory
 
-    def meta(self, key: str) -> str:
-        value = ctypes.create_string_buffer(256)
-        found = self.api.llama_model_meta_val_str(self.model.handle, key.encode(), value, len(value))
-        return value.value.decode("utf-8", "replace") if found >= 0 else ""
-
     def tokenize(self, text: str) -> list[int]:
         return self.model.tokenize(text)
 

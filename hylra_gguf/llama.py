@@ -50,7 +50,7 @@ class Llama(llama_cpp.Llama):
 
     @property
     def hylra(self) -> dict:
-        """Status: on, reason, layers, steps, sparse_steps, captured_mass per select layer."""
+        """Status: on, reason, layers, left_to_stock with a reason per layer, steps, sparse_steps, captured_mass per select layer."""
         return engine.status(self._ctx.ctx)
 
     def set_hylra(self, policy: PolicyLike = None) -> None:

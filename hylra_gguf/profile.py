@@ -19,6 +19,7 @@ from .attention_trace import rows_from_trace
 from .collect import Collector, SampledRow
 from .errors import ProfileError
 from .forward import GGML_TYPES, Forward, cpu_count, ubatches
+from .gguf_header import model_shape, read_header
 from .measure import Budget
 from .profile_data import PROFILE_VERSION, Profile, model_identity, tool_version
 from .residual import ResidualStream
@@ -159,9 +160,9 @@ def profile_model(model_path: str, texts: list[tuple[str, str]] | None = None, o
                         options.sink_tokens, options.recent_tokens)
         names, token_lists = calibration_tokens(forward, texts, contexts[-1])
         samples = plan_samples(len(names), contexts, options.samples, budget.top_k[-1])
-        layers, heads = forward.api.llama_model_n_layer(forward.model.handle), forward.api.llama_model_n_head_kv(forward.model.handle)
+        arch, layers, heads = model_shape(read_header(model_path))  # llama_model_n_head_kv is that of layer 0, which may be recurrent
         collector = Collector(layers, heads, len(samples), budget, sorted(set(options.block_sizes) | {1}))
-        identity, arch = model_identity(model_path), forward.meta("general.architecture")
+        identity = model_identity(model_path)
         partial = Partial(output, settings_of(identity, token_lists, contexts, collector, options))
         forward.open_context(contexts[-1], options.type_kv, options.n_threads or cpu_count())
         reading = Pass(forward, token_lists, samples, LayerVisitor(collector, forward.engine), partial)

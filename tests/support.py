@@ -8,6 +8,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from hylra_gguf.policy import Policy
+
 VOCAB = 96
 
 
@@ -56,6 +58,20 @@ def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=6
     w.write_tensors_to_file()
     w.close()
     return path
+
+
+def policy(pattern: str, **fields) -> Policy:
+    """F full, S select, R reuse of the last S."""
+    source, sources = -1, []
+    for il, mode in enumerate(pattern):
+        source = il if mode == "S" else source
+        sources.append(-1 if mode == "F" else source)
+    defaults = dict(head_kv_count=2, top_k=64, sink_tokens=4, recent_tokens=16, min_context=256)
+    return Policy(layer_mode=tuple("FSR".index(m) for m in pattern), layer_source=tuple(sources), **{**defaults, **fields})
+
+
+def full_like(p: Policy) -> Policy:
+    return policy("F" * p.layer_count, head_kv_count=p.head_kv_count, min_context=p.min_context)
 
 
 def random_tokens(n: int, seed: int = 0) -> list[int]:

@@ -46,7 +46,6 @@ void hylra_get_status(const llama_context * ctx, hylra_status * out) {
     out->n_layer       = state.model.hparams.n_layer();
     out->n_step        = state.n_step;
     out->n_step_sparse = state.n_step_sparse;
-    out->n_layer_stock = state.n_layer_stock;
     if (const auto & p = state.policy) {
         out->n_full      = p->count(HYLRA_FULL);
         out->n_select    = p->count(HYLRA_SELECT);
@@ -78,6 +77,22 @@ void hylra_captured_mass(const llama_context * ctx, double * mass, uint64_t * n,
             n[il]    += state.meters[row].n;
         }
     }
+}
+
+void hylra_layer_states(const llama_context * ctx, uint32_t * state, size_t n_layer) {
+    const auto & states = state_of(ctx).layer_states;
+    for (size_t il = 0; il < n_layer; ++il) {
+        state[il] = il < states.size() ? states[il] : uint32_t(HYLRA_LAYER_UNKNOWN);
+    }
+}
+
+const char * hylra_layer_text(uint32_t state) {
+    static const char * const TEXTS[] = {
+        "not known before a batch has run sparse", "served", "no attention over the KV cache", "sliding-window attention",
+        "sparse by training", "attention without a KV cache", "its KV cache lies on a device without HyLRA kernels",
+        "a head size, head count or mask that no kernel takes", "the batch needs too much memory", "its source layer was not served",
+    };
+    return state < sizeof(TEXTS)/sizeof(*TEXTS) ? TEXTS[state] : "unknown";
 }
 
 void hylra_reset_counters(llama_context * ctx) { state_of(ctx).reset_counters(); }
@@ -115,6 +130,7 @@ static int trace_reduce(const ggml_tensor * node, const hylra_op & op, hylra_att
     out.n_head   = int32_t(node->ne[1]);
     out.n_tokens = int32_t(node->ne[2]);
     out.n_stream = int32_t(node->ne[3]);
+    out.sinks    = node->src[1] ? node->src[1]->data : nullptr;
     set_dst(out, node);
     return HYLRA_TRACE_REDUCE;
 }

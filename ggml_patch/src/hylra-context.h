@@ -18,9 +18,9 @@ struct llama_hylra_context {
 
     uint64_t n_step = 0;
     uint64_t n_step_sparse = 0;
-    uint32_t n_layer_stock = 0;
     bool     stock_only = false; // the policy is on, but the last graph held no layer that the engine can serve
-    std::vector<hylra_meter> meters; // [meter_rows, n_layer]
+    std::vector<uint32_t> layer_states; // hylra_layer_state [n_layer] of the last sparse graph
+    std::vector<hylra_meter> meters;    // [meter_rows, n_layer]
 
     explicit llama_hylra_context(const llama_model & model) : model(model) {}
 

@@ -88,6 +88,15 @@ void check_layer_budget(const llama_hylra_policy & p, uint32_t il) {
     }
 }
 
+// Falcon-H1 marks every layer recurrent, and each has attention beside its recurrent state; elsewhere a layer is one or the other.
+bool has_attention(const llama_hparams & hparams, uint32_t il) {
+    uint32_t n_recr = 0;
+    for (uint32_t i = 0; i < hparams.n_layer(); ++i) {
+        n_recr += hparams.is_recr(i);
+    }
+    return hparams.n_head_kv(il) > 0 && (!hparams.is_recr(il) || n_recr == hparams.n_layer());
+}
+
 void check_layer(const llama_hylra_policy & p, const llama_hparams & hparams, uint32_t il) {
     const uint32_t mode   = p.layer_mode[il];
     const int32_t  source = p.layer_source[il];
@@ -107,7 +116,7 @@ void check_layer(const llama_hylra_policy & p, const llama_hparams & hparams, ui
     if (mode == HYLRA_REUSE && (source < 0 || source >= int32_t(il) || p.layer_mode[source] != HYLRA_SELECT)) {
         refuse(layer + " reuses layer " + num(source) + ", which is no select layer before it");
     }
-    if (mode != HYLRA_FULL && (hparams.is_swa(il) || hparams.is_recr(il))) {
+    if (mode != HYLRA_FULL && (hparams.is_swa(il) || !has_attention(hparams, il))) {
         refuse(layer + " has " + (hparams.is_swa(il) ? "sliding-window" : "no") + " attention, it must be full");
     }
     if (mode != HYLRA_FULL && hparams.n_head_kv(il) != p.head_kv_count && p.lists != 1) {

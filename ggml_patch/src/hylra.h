@@ -52,7 +52,6 @@ struct hylra_status {
     uint32_t n_full;
     uint32_t n_select;
     uint32_t n_reuse;
-    uint32_t n_layer_stock;  // layers that the policy names but the last sparse graph left to llama.cpp
     uint32_t top_k;
     uint32_t min_context;
     uint64_t n_step;         // decode-sized batches computed while on
@@ -76,6 +75,26 @@ HYLRA_API const char * hylra_reason(const struct llama_context * ctx);
 // Fills mass[il] with the sum, over the tokens and lists that layer il has selected for, of the attention mass
 // on its own selection, and n[il] with their number. Both hold `n_layer` values.
 HYLRA_API void hylra_captured_mass(const struct llama_context * ctx, double * mass, uint64_t * n, size_t n_layer);
+
+// What became of a layer in the last graph that ran sparse; all but the first two: left to llama.cpp.
+enum hylra_layer_state {
+    HYLRA_LAYER_UNKNOWN       = 0, // no graph ran sparse so far
+    HYLRA_LAYER_SERVED        = 1, // its attention is ours
+    HYLRA_LAYER_NO_ATTENTION  = 2, // recurrent, or its attention goes around the KV cache that the policy speaks of
+    HYLRA_LAYER_SLIDING       = 3,
+    HYLRA_LAYER_OWN_SELECTION = 4, // sparse by training
+    HYLRA_LAYER_NO_CACHE      = 5,
+    HYLRA_LAYER_DEVICE        = 6, // its KV cache lies where we have no kernels
+    HYLRA_LAYER_SHAPE         = 7,
+    HYLRA_LAYER_SCRATCH       = 8, // batch times cache needs too much memory
+    HYLRA_LAYER_SOURCE        = 9, // its source layer was left to llama.cpp or looks at other cells
+};
+
+// Fills state[il]; it holds `n_layer` values.
+HYLRA_API void hylra_layer_states(const struct llama_context * ctx, uint32_t * state, size_t n_layer);
+
+// The state in words: a few, without a point.
+HYLRA_API const char * hylra_layer_text(uint32_t state);
 
 HYLRA_API void hylra_reset_counters(struct llama_context * ctx);
 
@@ -106,8 +125,8 @@ struct hylra_attn {
 enum hylra_trace {
     HYLRA_TRACE_NONE   = 0,
     HYLRA_TRACE_STOCK  = 1, // llama.cpp's flash-attention node on the KV cache: all fields but cells
-    HYLRA_TRACE_ATTEND = 2, // our attention before the sum over chunks: all fields but dst; cells: what a reuse layer attends to
-    HYLRA_TRACE_REDUCE = 3, // its output: only layer, dst and the sizes behind dst are valid
+    HYLRA_TRACE_ATTEND = 2, // our attention before the sum over chunks: all fields but dst and sinks; cells: what a reuse layer attends to
+    HYLRA_TRACE_REDUCE = 3, // its output: only layer, dst, sinks and the sizes behind dst are valid
     HYLRA_TRACE_CHOOSE = 4, // the selection of a select layer: only layer, cells, n_cells, lists, n_tokens, n_stream are valid
 };
 

@@ -59,7 +59,7 @@ void llama_hylra_context::set_policy(llama_hylra_policy_ptr next, const std::str
 
 void llama_hylra_context::reset_counters() {
     n_step = n_step_sparse = 0;
-    n_layer_stock = 0;
+    layer_states.assign(policy ? policy->layer_count : 0, HYLRA_LAYER_UNKNOWN);
     stock_only = false;
     meters.assign(policy ? meter_rows()*policy->layer_count : 0, {});
 }
@@ -95,14 +95,15 @@ static const llama_kv_cache_context * cache_of(const llama_memory_context_i * mc
 class llm_graph_input_hylra : public llm_graph_input_i {
 public:
     llm_graph_input_hylra(llama_hylra_context & state, const llama_memory_context_i * mctx) :
-        state(state), policy(state.policy), epoch(state.epoch), cache(cache_of(mctx)) {}
+        state(state), policy(state.policy), epoch(state.epoch), cache(cache_of(mctx)),
+        layer_states(policy ? policy->layer_count : 0, HYLRA_LAYER_NO_ATTENTION) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         state.n_step        += decode_sized;
         state.n_step_sparse += n_layer_ours > 0;
         if (sparse) {
-            state.n_layer_stock = n_layer_stock;
-            state.stock_only    = n_layer_ours == 0;
+            state.layer_states = layer_states;
+            state.stock_only   = n_layer_ours == 0;
         }
         if (forced && forced->buffer) {
             for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
@@ -125,7 +126,7 @@ public:
     bool     decode_sized  = false; // this batch is one that the policy speaks of
     bool     sparse        = false; // ... and the cache is long enough
     uint32_t n_layer_ours  = 0;
-    uint32_t n_layer_stock = 0;
+    std::vector<uint32_t> layer_states;                   // hylra_layer_state [layer_count]
 
     ggml_tensor * forced = nullptr;                       // I32 [n_forced, n_tokens], -1 = none
     ggml_tensor * cells[LLAMA_MAX_LAYERS] = {};           // per select layer: I32 [top_k, lists, n_tokens, n_stream]
@@ -178,9 +179,9 @@ static llm_graph_input_hylra & input_of(const llm_graph_context & graph) {
 // ---- nodes of a layer
 
 // Cache views are allocated when the graph is built, the K of an uncached or cross attention is not.
-static bool is_host_cache_view(const ggml_tensor * t) {
-    return t->view_src && t->view_src->buffer && ggml_backend_buffer_is_host(t->view_src->buffer);
-}
+static bool is_cache_view(const ggml_tensor * t) { return t->view_src && t->view_src->buffer; }
+
+static bool lies_in_host_memory(const ggml_tensor * cache_view) { return ggml_backend_buffer_is_host(cache_view->view_src->buffer); }
 
 static bool shapes_fit(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) {
     return k->ne[0] <= HYLRA_MAX_EMBD && v->ne[0] <= HYLRA_MAX_EMBD && q->ne[1] <= HYLRA_MAX_TOKENS && q->type == GGML_TYPE_F32 &&
@@ -259,13 +260,17 @@ static ggml_tensor * source_cells(const llm_graph_input_hylra & input, const ggm
     return fits ? cells : nullptr;
 }
 
-static bool ours(const llm_graph_input_hylra & input, const llm_graph_context & graph, const ggml_tensor * q, const ggml_tensor * k,
-                 const ggml_tensor * v, const ggml_tensor * kq_mask, int64_t n_kv_max, int il) {
+// SERVED, or why the layer stays llama.cpp's.
+static hylra_layer_state judge(const llm_graph_context & graph, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v,
+                               const ggml_tensor * kq_mask, int64_t n_kv_max, int il) {
     const size_t weights_bytes = sizeof(float)*k->ne[1]*q->ne[2]*q->ne[1]*q->ne[3];
-    return il >= 0 && il < int(input.policy->layer_count) && !graph.hparams.is_swa(il) &&
-           n_kv_max == 0 && // a layer with a trained selection of its own
-           kq_mask && kq_mask->type == GGML_TYPE_F16 && kq_mask->ne[2] == 1 && is_host_cache_view(k) && is_host_cache_view(v) &&
-           shapes_fit(q, k, v) && weights_bytes <= SCRATCH_LIMIT_BYTES;
+    const bool mask_fits = kq_mask && kq_mask->type == GGML_TYPE_F16 && kq_mask->ne[2] == 1;
+    return graph.hparams.is_swa(il)                            ? HYLRA_LAYER_SLIDING :
+           n_kv_max != 0                                       ? HYLRA_LAYER_OWN_SELECTION :
+           !is_cache_view(k) || !is_cache_view(v)              ? HYLRA_LAYER_NO_CACHE :
+           !lies_in_host_memory(k) || !lies_in_host_memory(v)  ? HYLRA_LAYER_DEVICE :
+           !mask_fits || !shapes_fit(q, k, v)                  ? HYLRA_LAYER_SHAPE :
+           weights_bytes > SCRATCH_LIMIT_BYTES                 ? HYLRA_LAYER_SCRATCH : HYLRA_LAYER_SERVED;
 }
 
 static ggml_tensor * build(layer_builder & b, float kq_scale) {
@@ -294,11 +299,17 @@ ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q,
     if (!input.sparse) {
         return nullptr;
     }
+    if (il < 0 || il >= int(input.policy->layer_count)) {
+        return nullptr; // a draft layer behind the trunk
+    }
+    hylra_layer_state state = judge(graph, q, k, v, kq_mask, n_kv_max, il);
     ggml_tensor * out = nullptr;
-    if (ours(input, graph, q, k, v, kq_mask, n_kv_max, il)) {
+    if (state == HYLRA_LAYER_SERVED) {
         layer_builder builder = { graph, input, *input.policy, q, k, v, kq_mask, sinks, il };
         out = build(builder, kq_scale);
+        state = out ? state : HYLRA_LAYER_SOURCE;
     }
-    (out ? input.n_layer_ours : input.n_layer_stock) += 1;
+    input.layer_states[il] = state;
+    input.n_layer_ours += out != nullptr;
     return out;
 }

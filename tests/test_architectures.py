@@ -1,0 +1,183 @@
+"""Every architecture of architectures.py: covering selections equal full, real ones equal NumPy, layers left dense are named,
+the profile finds the same layers; the whole chain of commands on MLA; policies as large as DeepSeek-R1's and QwQ-32B's.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from architectures import ARCHITECTURES, LARGE, write_architecture
+from reference import Trace, attention, cells_allowed, check_selection, probabilities
+from support import Session, full_like, policy, random_tokens, silence
+
+from hylra_gguf import engine
+from hylra_gguf.cli import main
+from hylra_gguf.plan import plan_policy
+from hylra_gguf.profile import Options, profile_model
+
+engine.activate()
+ALL = {**ARCHITECTURES, **LARGE}
+N_PAST, N_STEPS = 500, 4
+NAMES = list(ALL)
+WHY = {"w": "sliding-window attention", "r": "no attention over the KV cache"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Written once per architecture."""
+    folder, written = tmp_path_factory.mktemp("architectures"), {}
+
+    def path(name):
+        if name not in written:
+            written[name] = write_architecture(folder / f"{NAMES.index(name)}.gguf", ALL[name], with_tokenizer=True)
+        return written[name]
+
+    return path
+
+
+def pattern_of(name: str) -> str:
+    """Attention layers take turns: select, reuse, full, reuse; the others must be full."""
+    turns = iter("SRFR" * len(ALL[name].layers))
+    return "".join(next(turns) if kind == "a" else "F" for kind in ALL[name].layers)
+
+
+def policy_of(name: str, **fields):
+    return policy(pattern_of(name), head_kv_count=ALL[name].head_kv_count, **fields)
+
+
+def text_of(n_tokens: int) -> str:
+    """The tokenizer makes a token of five bytes."""
+    return bytes(np.random.default_rng(1).integers(97, 123, 5 * n_tokens, np.uint8)).decode()
+
+
+def decode(path, p, trace=None, **context):
+    """(logits of a few steps, status); a context of its own, since a recurrent state cannot be rewound."""
+    with Session(path, eval_callback=trace and trace.callback, **context) as s:
+        s.prefill(random_tokens(N_PAST))
+        engine.set_policy(s.ctx, p)
+        return s.steps(random_tokens(N_STEPS, 9), N_PAST), engine.status(s.ctx)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_selection_that_covers_everything_equals_full(model, name):
+    p = policy_of(name, top_k=4096)
+    (got, status), (want, _), (stock, _) = decode(model(name), p), decode(model(name), full_like(p)), decode(model(name), None)
+    assert status["sparse_steps"] == N_STEPS
+    scale = want.std()
+    np.testing.assert_allclose(got, want, atol=2e-4 * scale, rtol=1e-4)
+    np.testing.assert_allclose(want, stock, atol=0.05 * scale)  # stock accumulates V in F16
+    assert np.abs(want - stock).max() > 0, "the full arm must be our own kernel"
+
+
+@pytest.mark.parametrize("type_kv", [8, 30], ids=["q8_0", "bf16"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "mpt (ALiBi, six heads)", "deepseek2 (MLA)"])
+def test_other_caches_than_f16(model, name, type_kv):
+    """llama.cpp rotates q, K and V for a quantised cache."""
+    types, trace = dict(type_k=type_kv, type_v=type_kv), Trace()
+    (got, _), (want, _) = (decode(model(name), p, **types) for p in (policy_of(name, top_k=4096), full_like(policy_of(name))))
+    np.testing.assert_allclose(got, want, atol=2e-4 * want.std(), rtol=1e-4)
+    decode(model(name), policy_of(name), trace, **types)
+    check_layers(name, trace)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_left_dense_are_named(model, name):
+    layers = ALL[name].layers
+    _, status = decode(model(name), policy_of(name))
+    assert status["on"] and status["left_to_stock"] == {il: WHY[kind] for il, kind in enumerate(layers) if kind in WHY}
+
+
+def shared_kv(x):
+    """Layers 24 and 29 have no KV cache of their own; they read that of layer 19."""
+    return np.array_equal(x[24]["k"], x[19]["k"]) and np.array_equal(x[29]["v"], x[19]["v"]) and not np.array_equal(x[14]["k"], x[19]["k"])
+
+
+# what makes the architecture special is there: else the tests below would show nothing
+SPECIAL = {
+    "gemma2": lambda x: x[1]["softcap"] == 5.0,
+    "gpt-oss": lambda x: x[1]["sinks"] is not None and np.abs(x[1]["sinks"]).min() > 0,
+    "bloom (ALiBi)": lambda x: x[0]["max_bias"] == 8.0 and x[0]["mask"][0, 0, 0, 0] == -N_PAST - N_STEPS + 1,
+    "mpt (ALiBi, six heads)": lambda x: x[0]["max_bias"] == 8.0 and x[0]["q"].shape[1] == 6,
+    "falcon": lambda x: x[0]["k"].shape[1] == 1,
+    "gemma3n": shared_kv,
+    "deepseek2 (MLA)": lambda x: x[0]["k"].shape[1::2] == (1, 576) and np.array_equal(x[0]["v"], x[0]["k"][..., :512]),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_makes_it_special_is_there(model, name):
+    trace = Trace()
+    decode(model(name), policy_of(name), trace)
+    assert SPECIAL[name](trace.inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_real_selection_equals_numpy(model, name):
+    trace = Trace()
+    decode(model(name), policy_of(name), trace)
+    check_layers(name, trace)
+
+
+def check_layers(name, trace):
+    """What every layer of the last step selected and gave out."""
+    last = N_PAST + N_STEPS - 1
+    forced = [[[*range(4), *range(last - 15, last + 1)]]]
+    source = None
+    served = [il for il, kind in enumerate(ALL[name].layers) if kind == "a"]
+    assert sorted(trace.outputs) == served
+    for il in served:
+        x, mode = trace.inputs[il], pattern_of(name)[il]
+        if mode == "S":
+            source = trace.choices[il]
+            check_selection(x, source, 1, 64, forced)
+        allowed = cells_allowed(x, [0] * x["k"].shape[1]) if mode == "R" else None
+        if mode == "R":
+            np.testing.assert_array_equal(x["cells"], source)
+        want = attention(x, probabilities(x, allowed))
+        np.testing.assert_allclose(trace.outputs[il], want, atol=2e-5 * max(1, np.abs(want).max()), rtol=1e-4, err_msg=f"layer {il}")
+
+
+# ---- the profiler and the commands
+
+SHARED_KV = {"gemma3n": {24, 29}}  # the profile tells layers by their KV cache, and these have none of their own: they stay full
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_profile_finds_these_layers_and_its_plan_runs(model, name):
+    silence(engine.activate())
+    found = profile_model(str(model(name)), [("random", text_of(1024))], Options(contexts=[1024], top_k=[64], sink_tokens=4, recent_tokens=16,
+                                                                                 samples=4, n_threads=1, progress=False))
+    able = {il for il, kind in enumerate(ALL[name].layers) if kind == "a"} - SHARED_KV.get(name, set())
+    assert set(np.flatnonzero(found.eligible)) == able and found.head_kv_count == ALL[name].head_kv_count
+    p = plan_policy(found, "explicit", layers=[min(able)], max_sensitivity=9.0, min_context=256)
+    assert p.layer_mode.count(2) == len(able) - 1
+    _, status = decode(model(name), p)
+    assert status["on"] and status["sparse_steps"] == N_STEPS
+
+
+def test_every_command_on_mla(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    silence(engine.activate())
+    original = model("deepseek2 (MLA)").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(original)
+    (tmp_path / "question.txt").write_text(text_of(600))
+    measured = "-c 1024 --top-k 64 --sink 4 --recent 16 -t 1 --no-progress"
+
+    def run(line: str) -> str:
+        assert main(line.split()) in (0, None), capsys.readouterr().err
+        return capsys.readouterr().out
+
+    run(f"profile m.gguf {measured} -o m.npz")
+    run("plan m.npz --theta 0.01 --max-sensitivity 9 --min-context 256 -o policy.json")
+    assert "deepseek2, 4 layers, 1 KV heads" in run("report m.npz")
+    run("embed-policy m.gguf --policy policy.json")
+    assert json.loads(run("show m.gguf -o json"))["layer_mode"] == [1, 2, 2, 2]
+    assert "ok  policy" in run("verify m.gguf")
+    assert "| 3 |" in run("profile m.gguf --policy m.gguf -c 1024 -t 1 --no-progress")
+    run("run m.gguf -f question.txt -n 4 -t 1")
+    rows = {row["arm"]: row for row in json.loads(run("bench m.gguf -d 600 -n 2 -r 1 -t 1 --no-progress -o json"))}
+    assert rows["hylra"]["hylra_on"] and rows["hylra"]["hylra_sparse_steps"] == rows["full"]["hylra_sparse_steps"] == 3
+    run("strip m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == original
