@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -87,11 +90,20 @@ def silence(api) -> None:
         api.llama_log_set(_log_callbacks[0], None)
 
 
+def run_on_stock(script: str, *args) -> None:
+    """A Python script with these arguments in a process of its own, on the unpatched build of the same llama.cpp."""
+    stock = os.environ.get("HYLRA_STOCK_LIB")
+    assert stock and Path(stock, "libllama.so").exists(), "set HYLRA_STOCK_LIB to the stock/ folder of a build with -DHYLRA_BUILD_STOCK=ON"
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": stock, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", script, *map(str, args)], env=env, check=True)
+
+
 class Session:
     """One model and context on the library that `llama_cpp` has loaded; logits come back as float32 [n_vocab]."""
 
     def __init__(self, path, n_ctx=1024, n_seq_max=1, unified=True, flash_attn=True, type_k=1, type_v=1, n_threads=1, n_ubatch=512,
-                 overrides=None, eval_callback=None):
+                 n_batch=None, overrides=None, eval_callback=None):
         import llama_cpp as api
 
         self.api = api
@@ -104,7 +116,7 @@ class Session:
         self.model = api.llama_model_load_from_file(str(path).encode(), params)
         assert self.model, f"{path} does not load"
         c = api.llama_context_default_params()
-        c.n_ctx, c.n_batch, c.n_ubatch, c.n_seq_max, c.kv_unified = n_ctx, n_ctx, n_ubatch, n_seq_max, unified
+        c.n_ctx, c.n_batch, c.n_ubatch, c.n_seq_max, c.kv_unified = n_ctx, n_batch or n_ctx, n_ubatch, n_seq_max, unified
         c.n_threads = c.n_threads_batch = n_threads
         c.type_k, c.type_v = type_k, type_v
         c.flash_attn_type = 1 if flash_attn else 0
@@ -141,14 +153,18 @@ class Session:
         return np.stack(rows)
 
     def prefill(self, tokens, seq=0, start=0) -> np.ndarray:
-        return self.decode([(t, start + i, seq) for i, t in enumerate(tokens)])
+        entries, n_batch = [(t, start + i, seq) for i, t in enumerate(tokens)], self.api.llama_n_batch(self.ctx)
+        return np.concatenate([self.decode(entries[i : i + n_batch]) for i in range(0, len(entries), n_batch)])
 
     def steps(self, tokens, start, seq=0) -> np.ndarray:
         """One token at a time; [len(tokens), n_vocab]."""
         return np.concatenate([self.decode([(t, start + i, seq)]) for i, t in enumerate(tokens)])
 
     def rewind(self, n_past: int, seq=-1) -> None:
-        assert self.api.llama_memory_seq_rm(self.memory, seq, n_past, -1)
+        self.remove(seq, n_past)
+
+    def remove(self, seq: int, begin=-1, end=-1) -> None:
+        assert self.api.llama_memory_seq_rm(self.memory, seq, begin, end)
 
     def close(self) -> None:
         self.api.llama_free(self.ctx)

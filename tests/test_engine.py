@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from reference import Trace, attention, cells_allowed, check_selection, probabilities
-from support import Session, full_like, policy, random_tokens, write_tiny_model
+from support import Session, full_like, policy, random_tokens, run_on_stock, write_tiny_model
 
 from hylra_gguf import engine
 from hylra_gguf.errors import PolicyError
@@ -38,22 +35,17 @@ def step_logits(session, p, tokens=None, start=N_PAST):
 
 STOCK_SCRIPT = """
 import sys, numpy as np
-sys.path.insert(0, sys.argv[1])
 from support import Session, random_tokens
-s = Session(sys.argv[2], n_ctx=1024, type_k=int(sys.argv[4]), type_v=int(sys.argv[4]), flash_attn=sys.argv[5] == "1")
+s = Session(sys.argv[1], n_ctx=1024, type_k=int(sys.argv[3]), type_v=int(sys.argv[3]), flash_attn=sys.argv[4] == "1")
 vocab = min(s.n_vocab, 96)
 rows = [s.prefill(random_tokens(700))[-1:], s.steps(random_tokens(6, 9), 700)]
-np.save(sys.argv[3], np.concatenate(rows))
+np.save(sys.argv[2], np.concatenate(rows))
 """
 
 
 def logits_of_stock(model: Path, out: Path, type_kv: int, flash_attn: bool) -> np.ndarray:
     """From the unpatched build of the same source, in its own process."""
-    stock = os.environ.get("HYLRA_STOCK_LIB")
-    assert stock and Path(stock, "libllama.so").exists(), "set HYLRA_STOCK_LIB to the stock/ folder of a build with -DHYLRA_BUILD_STOCK=ON"
-    env = {**os.environ, "LLAMA_CPP_LIB_PATH": stock}
-    here = str(Path(__file__).parent)
-    subprocess.run([sys.executable, "-c", STOCK_SCRIPT, here, str(model), str(out), str(type_kv), str(int(flash_attn))], env=env, check=True)
+    run_on_stock(STOCK_SCRIPT, model, out, type_kv, int(flash_attn))
     return np.load(out)
 
 
