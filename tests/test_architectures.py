@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from architectures import ARCHITECTURES, LARGE, write_architecture
 from reference import Trace, attention, cells_allowed, check_selection, probabilities
-from support import Session, full_like, policy, random_tokens, silence
+from support import Session, full_like, policy, random_tokens, run_on_stock, silence
 
 from hylra_gguf import engine
 from hylra_gguf.cli import main
@@ -58,6 +58,33 @@ def decode(path, p, trace=None, **context):
         s.prefill(random_tokens(N_PAST))
         engine.set_policy(s.ctx, p)
         return s.steps(random_tokens(N_STEPS, 9), N_PAST), engine.status(s.ctx)
+
+
+STOCK_SCRIPT = """
+import sys, numpy as np
+from support import Session, random_tokens
+out, *paths = sys.argv[1:]
+rows = []
+for path in paths:
+    with Session(path) as s:
+        rows.append(np.concatenate([s.prefill(random_tokens(300))[-1:], s.steps(random_tokens(3, 9), 300)]))
+np.save(out, rows)
+"""
+
+
+@pytest.fixture(scope="module")
+def of_stock(model, tmp_path_factory):
+    """Per architecture the logits of an unpatched build: the last of a prompt, then three steps."""
+    out = tmp_path_factory.mktemp("stock") / "logits.npy"
+    run_on_stock(STOCK_SCRIPT, out, *map(model, ARCHITECTURES))
+    return dict(zip(ARCHITECTURES, np.load(out)))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_a_policy_the_logits_are_those_of_stock(model, of_stock, name):
+    with Session(model(name)) as s:
+        got = np.concatenate([s.prefill(random_tokens(300))[-1:], s.steps(random_tokens(3, 9), 300)])
+    np.testing.assert_array_equal(got, of_stock[name])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""What the documents say: every table of speeds is that of a committed result."""
+"""What the documents say: every table of speeds is that of a committed result, every count of docs/trust.md that of its tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import trust_tables
 from speed_tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,3 +20,14 @@ def test_the_tables_are_the_committed_results(path):
 
 def test_the_readme_shows_one_of_them():
     assert table(json.loads((ROOT / "docs" / "speed-needle.json").read_text())) in (ROOT / "README.md").read_text()
+
+
+def test_trust_counts_the_tests_that_there_are():
+    text = trust_tables.DOCUMENT.read_text()
+    assert trust_tables.filled(text) == text, "run: python tools/trust_tables.py"
+
+
+@pytest.mark.parametrize("line", ["| a | `tests/test_docs.py::test_that_is_not_there` | 1 |", "| a | `docs/speed.json#none` | 1 |"])
+def test_trust_names_nothing_that_is_not_there(line):
+    with pytest.raises((KeyError, OSError)):
+        trust_tables.count_of(trust_tables.ROW.match(line)["shown"], trust_tables.Counter({"tests/test_docs.py": 3}))
