@@ -274,6 +274,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--policy", metavar="FILE", action="append", help="this policy, not the one in MODEL; repeat to compare several")
     parser.add_argument("--profile", metavar="PROFILE", help="profile to plan further policies from")
     parser.add_argument("--plan", metavar="FLAGS", action="append", help="flags of `plan`, such as '--theta 0.9 --top-k 1024'; repeat")
+    parser.add_argument("--minutes", type=number(0, math.inf, above=True), metavar="M", help="begin no document after M minutes (default: do all)")
     parser.add_argument("--seed", type=count(0), metavar="N", default=1, help="of documents and questions (default 1)")
     parser.add_argument("-ngl", "--n-gpu-layers", type=count(0), metavar="N", default=0, help="layers on the GPU (default 0)")
     parser.add_argument("--prefill-ngl", type=count(0), metavar="N", help="read documents with N layers on the GPU, whatever -ngl says")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import shlex
 import sys
+import time
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator
 
@@ -134,7 +136,8 @@ class Examiner:
 
 
 def records(args, arms: list[Arm], report: Callable[[str], None]) -> Iterator[Record]:
-    """One per document, as soon as it is done."""
+    """The facts of the model, then one record per document as soon as it is done; no document begins when the time is over."""
+    end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     with Model(args.model, args.n_gpu_layers) as model, contextlib.ExitStack() as stack:
         examiner = Examiner(model, arms, args, stack)
         yield facts_of_model(model)
@@ -145,6 +148,9 @@ def records(args, arms: list[Arm], report: Callable[[str], None]) -> Iterator[Re
             total = depth * len(made) * len(examiner.contexts)
             with tqdm(total=total, unit="tok", desc=f"{depth} tokens", disable=True if args.no_progress else None) as bar:
                 for number, document in enumerate(made, 1):
+                    if time.monotonic() > end:
+                        report(f"depth {depth}: time is over after {number - 1} of {len(made)} documents")
+                        break
                     report(f"depth {depth}, document {number} of {len(made)} ({document.haystack}), {len(document.questions)} questions")
                     yield examiner.examine(depth, document, bar.update)
 
@@ -157,7 +163,10 @@ def evaluate(args, report: Callable[[str], None]) -> dict:
     model_facts = next(stream)
     facts = {**facts_of_machine(argparse.Namespace(threads=args.threads, cache_type_k="f16", cache_type_v="f16")), **model_facts,
              "n_gpu_layers": args.n_gpu_layers, "prefill_ngl": args.prefill_ngl, "seed": args.seed}
-    return eval_report.result(facts, arms, list(stream), args)
+    found = list(stream)
+    if not found:
+        raise HylraError(f"--minutes {args.minutes}: no document was done in that time; allow more")
+    return eval_report.result(facts, arms, found, args)
 
 
 # -- command ----------------------------------------------------------------------------------------------------------
