@@ -266,9 +266,9 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--time", type=count(0), metavar="N", default=8, help="decode steps timed per document and arm (default 8)")
     parser.add_argument("--tasks", type=list_of(one_of(TASKS)), metavar="LIST", default=list(TASKS[:7]),
                         help=f"{','.join(TASKS)} (default all but the last two, which need documents of their own)")
-    parser.add_argument("--haystack", type=list_of(one_of(HAYSTACKS)), metavar="LIST", default=list(HAYSTACKS),
-                        help=f"the documents take turns (default {','.join(HAYSTACKS)})")
-    parser.add_argument("-f", "--file", nargs="+", action="extend", metavar="TEXT", help="texts instead of prose and code")
+    parser.add_argument("--haystack", type=list_of(one_of(HAYSTACKS)), metavar="LIST",
+                        help=f"the documents take turns (default {','.join(HAYSTACKS)}, without code if -f is given)")
+    parser.add_argument("-f", "--file", nargs="+", action="extend", metavar="TEXT", help="texts that take the place of the prose")
     parser.add_argument("--arms", type=list_of(one_of(EVAL_ARMS)), metavar="LIST", default=["dense", "stock-fa1", "hylra"],
                         help=f"{','.join(EVAL_ARMS)} (default dense,stock-fa1,hylra); stock-fa0 and kv-* read every document themselves")
     parser.add_argument("--policy", metavar="FILE", action="append", help="this policy, not the one in MODEL; repeat to compare several")

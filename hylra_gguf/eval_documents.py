@@ -16,7 +16,7 @@ from . import eval_tasks, texts
 from .eval_tasks import COMMON, COPY, FREQUENT, Question
 from .session import Model
 
-PROSE, CODE, NOISE, TEXT, WORDS = "prose", "code", "noise", "text", "words"
+PROSE, CODE, NOISE, WORDS = "prose", "code", "noise", "words"
 HAYSTACKS = (PROSE, CODE, NOISE)
 NOISE_TEXT = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "  # as in RULER
 MARK = "<<<document>>>"
@@ -83,15 +83,12 @@ class Hay:
         return taken
 
 
-def haystacks(model: Model, names: list[str], paths: list[str]) -> dict[str, Hay]:
-    """paths: texts of the user, which take the place of prose and code"""
-    tokenize = plain(model)
-    if paths:
-        own = Hay("\n\n".join(texts.read_texts(paths)), tokenize)
-        return {name: Hay(NOISE_TEXT * 300, tokenize) if name == NOISE else own for name in dict.fromkeys(
-            TEXT if name in (PROSE, CODE) else name for name in names)}
-    sources = {PROSE: lambda: texts.prose_text()[CALIBRATION_CHARS:], CODE: other_code, NOISE: lambda: NOISE_TEXT * 300}
-    return {name: Hay(sources[name](), tokenize) for name in names}
+def haystacks(model: Model, names: list[str] | None, paths: list[str]) -> dict[str, Hay]:
+    """names: those of HAYSTACKS that are wanted; without a wish all, or all but code where the user gives texts, which become the prose."""
+    names = names or [name for name in HAYSTACKS if not (paths and name == CODE)]
+    sources = {PROSE: lambda: "\n\n".join(texts.read_texts(paths)) if paths else texts.prose_text()[CALIBRATION_CHARS:],
+               CODE: other_code, NOISE: lambda: NOISE_TEXT * 300}
+    return {name: Hay(sources[name](), plain(model)) for name in names}
 
 
 def other_code() -> str:
