@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Callable, Iterator
 
 from tqdm import tqdm
@@ -162,11 +163,20 @@ def evaluate(args, report: Callable[[str], None]) -> dict:
     stream = records(args, arms, report)
     model_facts = next(stream)
     facts = {**facts_of_machine(argparse.Namespace(threads=args.threads, cache_type_k="f16", cache_type_v="f16")), **model_facts,
-             "n_gpu_layers": args.n_gpu_layers, "prefill_ngl": args.prefill_ngl, "seed": args.seed}
+             **facts_of_gpu(args), "seed": args.seed}
     found = list(stream)
     if not found:
         raise HylraError(f"--minutes {args.minutes}: no document was done in that time; allow more")
     return eval_report.result(facts, arms, found, args)
+
+
+def facts_of_gpu(args) -> dict:
+    """gpu_info: as the NVIDIA driver names it; empty where no layer was on a GPU"""
+    used = bool(args.n_gpu_layers or args.prefill_ngl)
+    names = [line.split(":", 1)[1].strip() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+             for line in path.read_text().splitlines() if line.startswith("Model")]
+    return {"n_gpu_layers": args.n_gpu_layers, "prefill_ngl": args.prefill_ngl, "gpu_info": ", ".join(names) if used else "",
+            "backends": ("CUDA, CPU" if names else "GPU, CPU") if used else "CPU", "system": engine.activate().llama_print_system_info().decode()}
 
 
 # -- command ----------------------------------------------------------------------------------------------------------
