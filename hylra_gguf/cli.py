@@ -23,6 +23,9 @@ PROGRAM = "hylra-gguf"
 KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0")
 FILLS = ("text", "synthetic")
 ARMS = ("stock-fa1", "stock-fa0", "full", "hylra")
+EVAL_ARMS = ("dense", "stock-fa1", "stock-fa0", "kv-q8_0", "kv-q4_0", "hylra")
+TASKS = ("single", "facts", "multikey", "variables", "multivalue", "multiquery", "copy", "common", "frequent")  # eval_tasks.KINDS
+HAYSTACKS = ("prose", "code", "noise")
 # flags that only matter when the policy is planned here; none may be given beside --policy
 PLANNING = ("file", "ctx_size", "minutes", *PLAN_FLAGS)
 
@@ -131,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command_name")
-    for add in (_add_profile, _add_plan, _add_report, _add_embed_policy, _add_show, _add_strip, _add_verify, _add_run, _add_bench, _add_env):
+    for add in (_add_profile, _add_plan, _add_report, _add_embed_policy, _add_show, _add_strip, _add_verify, _add_run, _add_bench, _add_eval, _add_env):
         add(commands)
     return parser
 
@@ -249,6 +252,36 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--arms", type=list_of(one_of(ARMS)), metavar="LIST", default=list(ARMS), help=f"default {','.join(ARMS)}")
     parser.add_argument("--png", metavar="FILE", help="draw tokens/s against depth; needs pip install 'hylra-gguf[report]'")
     _add_format(parser, ("md", "csv", "json"))
+    _add_no_progress(parser)
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(commands, "eval", _lazy("eval", "cmd_eval"), "measure what a policy loses: predictions and answers, against dense")
+    _add_model(parser)
+    parser.add_argument("-d", "--n-depth", type=list_of(count(1)), metavar="LIST", default=[8192], help="lengths of documents (default 8192)")
+    parser.add_argument("--docs", type=count(1), metavar="N", default=8, help="documents per length (default 8)")
+    parser.add_argument("--questions", type=count(0), metavar="N", default=200, help="questions per length (default 200)")
+    parser.add_argument("--following", type=count(0), metavar="N", default=256, help="tokens of text predicted per document (default 256)")
+    parser.add_argument("--generate", type=count(0), metavar="N", default=0, help="tokens of free text per document (default 0)")
+    parser.add_argument("--time", type=count(0), metavar="N", default=8, help="decode steps timed per document and arm (default 8)")
+    parser.add_argument("--tasks", type=list_of(one_of(TASKS)), metavar="LIST", default=list(TASKS[:7]),
+                        help=f"{','.join(TASKS)} (default all but the last two, which need documents of their own)")
+    parser.add_argument("--haystack", type=list_of(one_of(HAYSTACKS)), metavar="LIST",
+                        help=f"the documents take turns (default {','.join(HAYSTACKS)}, without code if -f is given)")
+    parser.add_argument("-f", "--file", nargs="+", action="extend", metavar="TEXT", help="texts that take the place of the prose")
+    parser.add_argument("--arms", type=list_of(one_of(EVAL_ARMS)), metavar="LIST", default=["dense", "stock-fa1", "hylra"],
+                        help=f"{','.join(EVAL_ARMS)} (default dense,stock-fa1,hylra); stock-fa0 and kv-* read every document themselves")
+    parser.add_argument("--policy", metavar="FILE", action="append", help="this policy, not the one in MODEL; repeat to compare several")
+    parser.add_argument("--profile", metavar="PROFILE", help="profile to plan further policies from")
+    parser.add_argument("--plan", metavar="FLAGS", action="append", help="flags of `plan`, such as '--theta 0.9 --top-k 1024'; repeat")
+    parser.add_argument("--minutes", type=number(0, math.inf, above=True), metavar="M", help="begin no document after M minutes (default: do all)")
+    parser.add_argument("--seed", type=count(0), metavar="N", default=1, help="of documents and questions (default 1)")
+    parser.add_argument("-ngl", "--n-gpu-layers", type=count(0), metavar="N", default=0, help="layers on the GPU (default 0)")
+    parser.add_argument("--prefill-ngl", type=count(0), metavar="N", help="read documents with N layers on the GPU, whatever -ngl says")
+    _add_threads(parser)
+    parser.add_argument("--save", action="store_true", help="write what was measured into MODEL; `show` prints it")
+    parser.add_argument("--png", metavar="DIR", help="write the pictures into this folder; needs pip install 'hylra-gguf[report]'")
+    _add_format(parser, ("md", "json"))
     _add_no_progress(parser)
 
 

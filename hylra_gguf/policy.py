@@ -147,6 +147,9 @@ class Policy:
             if source != expected:
                 kind = "full" if mode == FULL else "select"
                 raise PolicyError(f"layer_source[{layer}] is {source}, expected {expected} for a {kind} layer")
+        elif source == layer:  # its own best cells: for comparison, since it has to score them all
+            if self.layer_top_k is not None:
+                raise PolicyError(f"layer_source[{layer}] is {source}, its own cells, for which layer_top_k has no budget; remove layer_top_k")
         elif not 0 <= source < layer:
             raise PolicyError(f"layer_source[{layer}] is {source}, expected a select layer before layer {layer}")
         elif self.layer_mode[source] != SELECT:
@@ -246,7 +249,7 @@ class Policy:
         """Cells that each reuse layer is given at a depth of n_kv cells, before n_kv itself limits them."""
         share = max(self.top_k, math.ceil((self.top_k_fraction or 0) * n_kv))
         return [share if self.layer_top_k is None else self.layer_top_k[source]
-                for mode, source in zip(self.layer_mode, self.layer_source) if mode == REUSE]
+                for layer, (mode, source) in enumerate(zip(self.layer_mode, self.layer_source)) if mode == REUSE and source != layer]
 
     def describe(self) -> str:
         """One screen as a Markdown table."""

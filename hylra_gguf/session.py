@@ -1,10 +1,11 @@
 """A model and a context driven through llama.cpp's own API, for measurements that `Llama` is too high for; text models only.
 
-Everything runs on the CPU. Errors are one line.
+Runs on the CPU unless layers are given to a GPU. Errors are one line.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Container
@@ -23,17 +24,17 @@ DECODE_TOKENS = 8  # the largest batch of one sequence that still runs sparse (T
 class Model:
     """An open GGUF model. Raises ModelFileError if the file is missing or llama.cpp cannot load it."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, n_gpu_layers: int = 0):
         if not Path(path).is_file():
             raise ModelFileError(f"{path}: no such file; name a GGUF model")
         self.api = engine.activate()
         from llama_cpp._logger import set_verbose
 
         set_verbose(False)
-        self.path = path
+        self.path, self.n_gpu_layers = path, n_gpu_layers
         self.api.llama_backend_init()
         params = self.api.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = n_gpu_layers
         self.handle = self.api.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise ModelFileError(f"{path}: llama.cpp cannot load this model; check that the GGUF file is whole")
@@ -47,14 +48,22 @@ class Model:
     def __exit__(self, *_) -> None:
         self.api.llama_model_free(self.handle)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Raises ModelFileError for a model without tokenizer."""
+    def tokenize(self, text: str, start: bool = True, special: bool = False) -> list[int]:
+        """start: with the tokens that the model wants at the start of a text; special: names of control tokens become these tokens.
+
+        Raises ModelFileError for a model without tokenizer.
+        """
         if not self.has_tokenizer:
             raise ModelFileError(f"{self.path}: this model has no tokenizer; name one that has")
         data = text.encode("utf-8", "replace")
         room = (self.api.llama_token * (len(data) + 8))()
-        n = self.api.llama_tokenize(self.vocab, data, len(data), room, len(room), True, False)
+        n = self.api.llama_tokenize(self.vocab, data, len(data), room, len(room), start, special)
         return list(room[:max(n, 0)])
+
+    def detokenize(self, tokens: list[int]) -> str:
+        room = ctypes.create_string_buffer(64 * len(tokens) + 64)
+        n = self.api.llama_detokenize(self.vocab, (self.api.llama_token * len(tokens))(*tokens), len(tokens), room, len(room), False, False)
+        return room.raw[:max(n, 0)].decode("utf-8", "replace")
 
 
 class Context:
@@ -74,7 +83,7 @@ class Context:
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_k, type_v
         params.flash_attn_type = int(flash_attn)
-        params.offload_kqv = params.op_offload = False
+        params.offload_kqv = params.op_offload = model.n_gpu_layers > 0
         self.callback = self.api.ggml_backend_sched_eval_callback(on_node) if on_node else None  # must outlive the context
         if on_node:
             params.cb_eval = self.callback

@@ -154,6 +154,22 @@ def test_every_select_layer_emits_its_own_budget(tiny):
         np.testing.assert_array_equal(trace.inputs[layer + 1]["cells"], trace.choices[layer])
 
 
+@pytest.mark.parametrize("lists", [1, 2])
+def test_a_layer_that_is_its_own_source_attends_to_its_best_cells(tiny, lists):
+    p = Policy(layer_mode=(2,) * 4, layer_source=tuple(range(4)), head_kv_count=2, lists=lists, top_k=64, recent_tokens=16, min_context=256)
+    trace = Trace()
+    with Session(tiny, eval_callback=trace.callback) as s:
+        s.prefill(random_tokens(N_PAST))
+        step_logits(s, p, random_tokens(1, 5))
+    forced = [[[*range(4), *range(N_PAST - 15, N_PAST + 1)]]]
+    for layer in range(4):
+        x = trace.inputs[layer]
+        check_selection(x, trace.choices[layer], lists, 64, forced)
+        np.testing.assert_array_equal(x["cells"], trace.choices[layer])
+        allowed = cells_allowed(x, [0, 0] if lists == 1 else [0, 1])
+        np.testing.assert_allclose(trace.outputs[layer], attention(x, probabilities(x, allowed)), atol=2e-5, rtol=1e-4)
+
+
 # ---- 4. sequences, streams, cells out of order
 
 

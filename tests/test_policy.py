@@ -65,7 +65,7 @@ def test_numpy_values_become_plain_ones():
     (dict(layer_source=(0, 0, 0, 3, 3, 3)), ("layer_source[2] is 0", "expected -1")),
     (dict(layer_source=(-1, 0, -1, 3, 3, 3)), ("layer_source[0] is -1", "expected 0")),
     (dict(layer_source=(0, 0, -1, 3, 5, 3)), ("layer_source[4] is 5", "before layer 4")),
-    (dict(layer_source=(0, 0, -1, 3, 4, 3)), ("layer_source[4] is 4",)),
+    (dict(layer_source=(0, 0, -1, 3, 4, 3), layer_top_k=(512, 0, 0, 2048, 0, 0)), ("layer_source[4] is 4", "remove layer_top_k")),
     (dict(layer_source=(0, 0, -1, 3, -1, 3)), ("layer_source[4] is -1",)),
     (dict(layer_source=(0, 0, -1, 3, 2, 3)), ("layer_source[4] is 2", "no select layer")),
     (dict(layer_source=(0, 0, -1, 3, 1, 3)), ("layer_source[4] is 1", "no select layer")),

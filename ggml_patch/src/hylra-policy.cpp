@@ -113,7 +113,11 @@ void check_layer(const llama_hylra_policy & p, const llama_hparams & hparams, ui
     if (mode == HYLRA_SELECT && source != int32_t(il)) {
         refuse(layer + " is select, its source must be itself, found " + num(source));
     }
-    if (mode == HYLRA_REUSE && (source < 0 || source >= int32_t(il) || p.layer_mode[source] != HYLRA_SELECT)) {
+    if (mode == HYLRA_REUSE && source == int32_t(il)) { // for comparison: its own best cells
+        if (!p.layer_top_k.empty()) {
+            refuse(layer + " attends to its own cells, hylra.layer_top_k has no budget for it");
+        }
+    } else if (mode == HYLRA_REUSE && (source < 0 || source >= int32_t(il) || p.layer_mode[source] != HYLRA_SELECT)) {
         refuse(layer + " reuses layer " + num(source) + ", which is no select layer before it");
     }
     if (mode != HYLRA_FULL && (hparams.is_swa(il) || !has_attention(hparams, il))) {

@@ -23,7 +23,7 @@ struct ggml_tensor;
 enum hylra_mode {
     HYLRA_FULL   = 0, // dense attention, selects nothing
     HYLRA_SELECT = 1, // dense attention, emits the top-k cells
-    HYLRA_REUSE  = 2, // attends only to the cells that its source layer selected
+    HYLRA_REUSE  = 2, // attends only to the cells that its source layer selected; its own source: scores all cells, attends to its best
 };
 
 // A policy handed over at run time; the arrays are copied. Fields are the keys of the GGUF metadata.

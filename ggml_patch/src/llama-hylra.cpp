@@ -204,13 +204,13 @@ struct layer_builder {
         return node;
     }
 
-    hylra_op & new_op(float kq_scale) const {
+    hylra_op & new_op(float kq_scale, bool weights) const {
         hylra_op op = {};
         op.layer      = il;
         op.scale      = kq_scale;
         op.max_bias   = graph.hparams.f_max_alibi_bias;
         op.softcap    = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
-        op.weights    = policy.layer_mode[il] == HYLRA_SELECT;
+        op.weights    = weights;
         op.block_size = int32_t(policy.block_size);
         op.meters     = input.state.layer_meters(il);
         for (int64_t head = 0; head < k->ne[2]; ++head) {
@@ -273,13 +273,24 @@ static hylra_layer_state judge(const llm_graph_context & graph, const ggml_tenso
            weights_bytes > SCRATCH_LIMIT_BYTES                 ? HYLRA_LAYER_SCRATCH : HYLRA_LAYER_SERVED;
 }
 
+// Attention to the layer's own cells: no cheaper than dense. It shows what a selection loses before another layer's cells are taken.
+static ggml_tensor * build_own(layer_builder & b, float kq_scale) {
+    hylra_op & scoring = b.new_op(kq_scale, true);
+    ggml_tensor * cells = b.choose(scoring, b.attend(scoring, nullptr));
+    hylra_op & op = b.new_op(kq_scale, false);
+    return b.reduce(op, b.attend(op, cells));
+}
+
 static ggml_tensor * build(layer_builder & b, float kq_scale) {
     const uint32_t mode = b.policy.layer_mode[b.il];
+    if (mode == HYLRA_REUSE && b.policy.layer_source[b.il] == b.il) {
+        return build_own(b, kq_scale);
+    }
     ggml_tensor * cells = mode == HYLRA_REUSE ? source_cells(b.input, b.q, b.k, b.il) : nullptr;
     if (mode == HYLRA_REUSE && !cells) {
         return nullptr;
     }
-    hylra_op & op = b.new_op(kq_scale);
+    hylra_op & op = b.new_op(kq_scale, mode == HYLRA_SELECT);
     ggml_tensor * attended = b.attend(op, cells);
     ggml_tensor * out = b.reduce(op, attended);
     if (mode == HYLRA_SELECT) {
