@@ -9,53 +9,90 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import stat
+import time
 from typing import Iterator, Optional
 
 BLOCK_BYTES = 4096  # file systems share blocks of this size between copies
 READ_BYTES = 4 << 20
+LOCK_WAIT_S = 1.0
 _CHUNK_BYTES = 64 << 20
 _NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
 
 @contextlib.contextmanager
 def replacing(target: str, mode: Optional[int] = None) -> Iterator[int]:
-    """A descriptor whose content takes the place of `target` when the block ends well; if not, nothing changes or is left."""
-    folder, name = os.path.split(os.path.realpath(target))
-    _remove_leftovers(folder, name)
-    temporary = os.path.join(folder, f".{name}.hylra-{secrets.token_hex(4)}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    """A descriptor whose content takes the place of `target` when the block ends well; if not, nothing changes or is left.
+
+    One process at a time: another one waits for LOCK_WAIT_S and is then refused.
+    """
+    target = os.path.realpath(target)
+    temporary = _temporary(target)
+    fd = _open_temporary(temporary)
     try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _keep_owner(fd, target, mode)
         yield fd
-        _keep_owner(fd, os.path.join(folder, name), mode)
         os.fsync(fd)
-        os.replace(temporary, os.path.join(folder, name))
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            if _is_at(fd, temporary):
+                os.unlink(temporary)
         raise
     finally:
         os.close(fd)
     with contextlib.suppress(OSError):  # the file is in place already
-        _sync(folder)
+        _sync(os.path.dirname(target))
 
 
-def _remove_leftovers(folder: str, name: str) -> None:
-    """Removes what a killed run has left; a run that still writes holds a lock."""
-    start = f".{name}.hylra-"
-    with contextlib.suppress(OSError):
-        for entry in os.listdir(folder):
-            if entry.startswith(start) and entry.endswith(".tmp"):
-                _remove_unlocked(os.path.join(folder, entry))
+def remove_leftover(target: str) -> None:
+    """Removes what a killed run has left beside `target`; a run that still writes holds the lock and keeps its file."""
+    _remove_unlocked(_temporary(os.path.realpath(target)))
+
+
+def _temporary(target: str) -> str:
+    folder, name = os.path.split(target)
+    return os.path.join(folder, f".{name}.hylra.tmp")  # always the same name: it is also the lock, and the next run finds it
+
+
+def _open_temporary(path: str) -> int:
+    end_s = time.monotonic() + LOCK_WAIT_S
+    while True:
+        _remove_unlocked(path)
+        with contextlib.suppress(FileExistsError):
+            fd = _create_locked(path)
+            if fd is not None:
+                return fd
+        if time.monotonic() > end_s:
+            raise OSError(errno.EBUSY, f"another process is writing this file; wait until it is done, or remove {path} if none does")
+        time.sleep(0.02)
+
+
+def _create_locked(path: str) -> Optional[int]:
+    """None if another process took the new file for a leftover, before it was locked."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with contextlib.suppress(OSError):  # some network file systems have no locks: there a leftover stays and is told
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(FileNotFoundError):
+        if _is_at(fd, path):
+            return fd
+    os.close(fd)
+    return None
 
 
 def _remove_unlocked(path: str) -> None:
-    with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(fd, path):
+                os.unlink(path)
+        finally:
+            os.close(fd)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    return os.path.samestat(os.fstat(fd), os.lstat(path))
 
 
 def _keep_owner(fd: int, target: str, mode: Optional[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import reprlib
 import stat
 import struct
 from dataclasses import dataclass
@@ -143,11 +144,12 @@ def model_shape(header: Header) -> tuple[str, int, int]:
     layers = header.get(f"{arch}.block_count")
     heads = header.get(f"{arch}.attention.head_count_kv", header.get(f"{arch}.attention.head_count"))
     heads = max(heads, default=0) if isinstance(heads, tuple) else heads
-    for key, found in ((f"{arch}.block_count", layers), (f"{arch}.attention.head_count_kv", heads)):
-        if type(found) is not int or found < 1:
-            raise ModelFileError(f"{header.path}: {key} is {found!r}, expected a positive number; "
+    extra = header.get(f"{arch}.nextn_predict_layers", 0)
+    for key, found, least in (("block_count", layers, 1), ("attention.head_count_kv", heads, 1), ("nextn_predict_layers", extra, 0)):
+        if type(found) is not int or found < least:
+            raise ModelFileError(f"{header.path}: {arch}.{key} is {reprlib.repr(found)}, expected a whole number from {least}; "
                                  "this is not a language model's file")
-    return arch, layers - (header.get(f"{arch}.nextn_predict_layers") or 0), heads  # llama_hparams::n_layer
+    return arch, layers - extra, heads  # llama_hparams::n_layer
 
 
 def data_sha256(path: Path, progress: Optional[Progress] = None) -> str:
@@ -302,6 +304,8 @@ def strip(path: Path, out: Optional[Path] = None, progress: Optional[Progress] =
     count = len(header.typed(PREFIX))
     if count or _target(path, out) != _target(path):
         _splice(header, {}, out, progress)
+    else:
+        files.remove_leftover(_target(path))
     return count
 
 
@@ -335,12 +339,18 @@ def _splice(header: Header, kv: Typed, out: Optional[Path], progress: Optional[P
     if foreign:
         raise ModelFileError(f"{header.path}: refused to write {foreign[0]}; only {PREFIX}* keys are ours")
     parts, target = _layout(header, kv), _target(header.path, out)
-    with plain_os_errors(os.fspath(out or header.path)), _open_regular(header.path) as source:
-        mode = stat.S_IMODE(os.fstat(source.fileno()).st_mode)
-        with files.replacing(target, mode) as fd:
+    with plain_os_errors(os.fspath(out or header.path)):
+        mode = stat.S_IMODE(os.stat(header.path).st_mode)
+        # opened under the lock: before it, another writer may put a new file in the place of this one
+        with files.replacing(target, mode) as fd, _open_regular(header.path) as source:
+            _check_unchanged(source, header)
             _write_parts(source.fileno(), fd, parts, progress)
-            if _stamp(os.fstat(source.fileno())) != header.stamp:
-                raise ModelFileError(f"{header.path}: the file changed while it was copied; nothing was written, try again")
+            _check_unchanged(source, header)
+
+
+def _check_unchanged(source: BinaryIO, header: Header) -> None:
+    if _stamp(os.fstat(source.fileno())) != header.stamp:
+        raise ModelFileError(f"{header.path}: the file changed after its header was read; nothing was written, try again")
 
 
 def _layout(header: Header, kv: Typed) -> list[Union[bytes, tuple[int, int]]]:
