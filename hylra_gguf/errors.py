@@ -15,8 +15,8 @@ class PolicyError(HylraError):
     """A policy is malformed or does not fit the model."""
 
 
-class ModelFileError(HylraError):
-    """A GGUF file cannot be read or written."""
+class ModelFileError(HylraError, ValueError):
+    """A GGUF file cannot be read or written. A ValueError too, as llama_cpp.Llama raises for a file that it cannot load."""
 
 
 class ProfileError(HylraError):

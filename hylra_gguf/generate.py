@@ -28,6 +28,8 @@ def open_llama(args, n_ctx: int, **kwargs):
     try:
         return Llama(args.model, n_ctx=n_ctx, n_threads=args.threads, n_threads_batch=args.threads, hylra=policy,
                      seed=args.seed if args.seed is not None else 0xFFFFFFFF, verbose=False, **kwargs)
+    except HylraError:
+        raise
     except ValueError as error:
         raise ModelFileError(f"{args.model}: llama.cpp cannot load this model with {n_ctx} tokens of context: {error}") from None
 

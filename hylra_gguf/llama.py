@@ -7,7 +7,7 @@ import warnings
 from typing import Union
 
 from . import engine
-from .errors import HylraError, PolicyError
+from .errors import PolicyError
 from .policy import Policy, read_policy
 
 llama_cpp = engine.activate()
@@ -16,10 +16,13 @@ PolicyLike = Union[None, bool, str, "os.PathLike[str]", Policy]
 
 
 def _file_policy(model_path: str) -> Policy | None:
-    """The policy in the model file; one that is malformed counts as none here: the engine reports why."""
+    """The policy in the model file; one that is malformed counts as none here: the engine reports why.
+
+    Raises ModelFileError, before llama.cpp sees the file: it waits for ever on a FIFO and says no more than "failed to load".
+    """
     try:
         return read_policy(model_path)
-    except HylraError:
+    except PolicyError:
         return None
 
 
@@ -32,21 +35,26 @@ class Llama(llama_cpp.Llama):
 
     A policy needs flash attention, so it is switched on unless `flash_attn` is given. `.hylra` tells whether the policy
     is on, why not, and what it did (see `hylra_gguf.engine.status`). Raises PolicyError if a policy handed over does
-    not fit the model; one in the file that does not fit leaves the model dense, with a warning.
+    not fit the model, ModelFileError (a ValueError) if the file is no complete GGUF file; a policy in the file that does not
+    fit leaves the model dense, with a warning.
     """
 
     def __init__(self, model_path: str, *, hylra: PolicyLike = None, **kwargs):
         policy = Policy.load(hylra) if isinstance(hylra, (str, os.PathLike)) else hylra
         if policy is True:
             policy = None
-        wants_policy = policy is not False and (policy is not None or _file_policy(model_path) is not None)
-        if wants_policy:
+        in_file = _file_policy(model_path)
+        if policy is not False and (policy or in_file):
             kwargs.setdefault("flash_attn", True)
         super().__init__(model_path, **kwargs)
         if policy is not None:
             self.set_hylra(policy)
         elif self.hylra["reason"].startswith("policy refused"):
             warnings.warn(f"{model_path} runs dense: {self.hylra['reason']}", stacklevel=2)
+
+    def close(self) -> None:
+        if hasattr(self, "_stack"):  # not in one that was refused before llama_cpp's constructor; its __del__ comes here too
+            super().close()
 
     @property
     def hylra(self) -> dict:

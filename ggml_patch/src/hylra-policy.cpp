@@ -2,7 +2,6 @@
 #include "hylra-policy.h"
 
 #include "llama-hparams.h"
-#include "llama-model-loader.h"
 
 #include "gguf.h"
 
@@ -27,9 +26,19 @@ namespace {
 
 std::string num(int64_t n) { return std::to_string(n); }
 
+// A name of the file as it may be printed: one line of ASCII, not too long.
+std::string plain(std::string text) {
+    std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c >= 0x7f; }, '?');
+    return text.size() <= 60 ? text : text.substr(0, 57) + "...";
+}
+
 // ---- checks
 
-void check_shape(const llama_hylra_policy & p, const llama_hparams & hparams) {
+// First of all: the other checks, and the arrays of the C interface, count on it.
+void check_counts(const llama_hylra_policy & p, const llama_hparams & hparams) {
+    if (p.version != HYLRA_POLICY_VERSION) {
+        refuse("hylra.version is " + num(p.version) + ", this engine knows version " + num(HYLRA_POLICY_VERSION));
+    }
     uint32_t n_head_kv = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         n_head_kv = std::max(n_head_kv, hparams.n_head_kv(il));
@@ -40,6 +49,9 @@ void check_shape(const llama_hylra_policy & p, const llama_hparams & hparams) {
     if (p.head_kv_count != n_head_kv) {
         refuse("hylra.head_kv_count is " + num(p.head_kv_count) + ", the model has " + num(n_head_kv) + " KV heads");
     }
+}
+
+void check_sizes(const llama_hylra_policy & p) {
     if (p.layer_mode.size() != p.layer_count || p.layer_source.size() != p.layer_count) {
         refuse("hylra.layer_mode and hylra.layer_source must hold " + num(p.layer_count) + " values, found " +
                num(p.layer_mode.size()) + " and " + num(p.layer_source.size()));
@@ -129,10 +141,8 @@ void check_layer(const llama_hylra_policy & p, const llama_hparams & hparams, ui
 }
 
 void check(const llama_hylra_policy & p, const llama_hparams & hparams) {
-    if (p.version != HYLRA_POLICY_VERSION) {
-        refuse("hylra.version is " + num(p.version) + ", this engine knows version " + num(HYLRA_POLICY_VERSION));
-    }
-    check_shape(p, hparams);
+    check_counts(p, hparams);
+    check_sizes(p);
     check_budget(p);
     for (uint32_t il = 0; il < p.layer_count; ++il) {
         check_layer(p, hparams, il);
@@ -153,21 +163,22 @@ bool is_note(const std::string & key) {
 }
 
 struct reader {
-    const llama_model_loader & ml;
+    const gguf_context & metadata;
+    const hylra_overrides & overrides;
 
-    int64_t find(const std::string & key) const { return gguf_find_key(ml.metadata, (PREFIX + key).c_str()); }
+    int64_t find(const std::string & key) const { return gguf_find_key(&metadata, (PREFIX + key).c_str()); }
 
     int64_t find_typed(const std::string & key, gguf_type type) const {
         const int64_t id = find(key);
-        if (id >= 0 && gguf_get_kv_type(ml.metadata, id) != type) {
-            refuse("hylra." + key + " has type " + gguf_type_name(gguf_get_kv_type(ml.metadata, id)) + ", expected " + gguf_type_name(type));
+        if (id >= 0 && gguf_get_kv_type(&metadata, id) != type) {
+            refuse("hylra." + key + " has type " + gguf_type_name(gguf_get_kv_type(&metadata, id)) + ", expected " + gguf_type_name(type));
         }
         return id;
     }
 
     const llama_model_kv_override * override_of(const std::string & key) const {
-        const auto it = ml.kv_overrides.find(PREFIX + key);
-        return it == ml.kv_overrides.end() ? nullptr : &it->second;
+        const auto it = overrides.find(PREFIX + key);
+        return it == overrides.end() ? nullptr : &it->second;
     }
 
     void get(const std::string & key, uint32_t & out, bool required = true) const {
@@ -180,7 +191,7 @@ struct reader {
         }
         const int64_t id = find_typed(key, GGUF_TYPE_UINT32);
         if (id >= 0) {
-            out = gguf_get_val_u32(ml.metadata, id);
+            out = gguf_get_val_u32(&metadata, id);
         } else if (required) {
             refuse("hylra." + key + " is missing");
         }
@@ -194,7 +205,7 @@ struct reader {
             }
             out = float(o->val_f64);
         } else if (id >= 0) {
-            out = gguf_get_val_f32(ml.metadata, id);
+            out = gguf_get_val_f32(&metadata, id);
         }
     }
 
@@ -206,7 +217,7 @@ struct reader {
             }
             out = o->val_bool;
         } else if (id >= 0) {
-            out = gguf_get_val_bool(ml.metadata, id);
+            out = gguf_get_val_bool(&metadata, id);
         }
     }
 
@@ -219,25 +230,25 @@ struct reader {
             }
             return;
         }
-        if (gguf_get_arr_type(ml.metadata, id) != type) {
-            refuse("hylra." + key + " holds " + gguf_type_name(gguf_get_arr_type(ml.metadata, id)) + ", expected " + gguf_type_name(type));
+        if (gguf_get_arr_type(&metadata, id) != type) {
+            refuse("hylra." + key + " holds " + gguf_type_name(gguf_get_arr_type(&metadata, id)) + ", expected " + gguf_type_name(type));
         }
-        const T * data = (const T *) gguf_get_arr_data(ml.metadata, id);
-        out.assign(data, data + gguf_get_arr_n(ml.metadata, id));
+        const T * data = (const T *) gguf_get_arr_data(&metadata, id);
+        out.assign(data, data + gguf_get_arr_n(&metadata, id));
     }
 };
 
-void refuse_unknown_keys(const llama_model_loader & ml) {
+void refuse_unknown_keys(const gguf_context & metadata) {
     static const char * const KEYS[] = { "version", "enabled", "layer_count", "head_kv_count", "layer_mode", "layer_source", "head_map", "lists",
         "top_k", "layer_top_k", "top_k_fraction", "block_size", "sink_tokens", "recent_tokens", "min_context", "prefill" };
-    for (int64_t id = 0; id < gguf_get_n_kv(ml.metadata); ++id) {
-        const std::string name = gguf_get_key(ml.metadata, id);
+    for (int64_t id = 0; id < gguf_get_n_kv(&metadata); ++id) {
+        const std::string name = gguf_get_key(&metadata, id);
         if (name.rfind(PREFIX, 0) != 0) {
             continue;
         }
         const std::string key = name.substr(strlen(PREFIX));
         if (!is_note(key) && std::find(std::begin(KEYS), std::end(KEYS), key) == std::end(KEYS)) {
-            refuse("unknown key " + name);
+            refuse("unknown key " + plain(name));
         }
     }
 }
@@ -260,9 +271,9 @@ void read_all(const reader & r, llama_hylra_policy & p) {
     r.get("prefill", p.prefill, false);
 }
 
-bool has_keys(const llama_model_loader & ml) {
-    for (int64_t id = 0; id < gguf_get_n_kv(ml.metadata); ++id) {
-        if (strncmp(gguf_get_key(ml.metadata, id), PREFIX, strlen(PREFIX)) == 0) {
+bool has_keys(const gguf_context & metadata) {
+    for (int64_t id = 0; id < gguf_get_n_kv(&metadata); ++id) {
+        if (strncmp(gguf_get_key(&metadata, id), PREFIX, strlen(PREFIX)) == 0) {
             return true;
         }
     }
@@ -271,16 +282,16 @@ bool has_keys(const llama_model_loader & ml) {
 
 } // namespace
 
-llama_hylra_policy_ptr hylra_read_policy(const llama_model_loader & ml, const llama_hparams & hparams) {
-    if (!ml.metadata || !has_keys(ml)) {
+llama_hylra_policy_ptr hylra_read_policy(const gguf_context * metadata, const hylra_overrides & overrides, const llama_hparams & hparams) {
+    if (!metadata || !has_keys(*metadata)) {
         return nullptr;
     }
     auto policy = std::make_shared<llama_hylra_policy>();
     try {
-        const reader r = { ml };
+        const reader r = { *metadata, overrides };
         r.get("version", policy->version); // first: a newer schema may know other keys
         if (policy->version == HYLRA_POLICY_VERSION) {
-            refuse_unknown_keys(ml);
+            refuse_unknown_keys(*metadata);
             read_all(r, *policy);
         }
         check(*policy, hparams);
@@ -288,6 +299,21 @@ llama_hylra_policy_ptr hylra_read_policy(const llama_model_loader & ml, const ll
         policy->problem = e.what();
     }
     return policy;
+}
+
+// Only after check_counts: until then nothing says that the arrays are as long as the counts.
+static void copy_arrays(const hylra_policy & in, llama_hylra_policy & p) {
+    if (!in.layer_mode || !in.layer_source) {
+        refuse("layer_mode and layer_source must not be NULL");
+    }
+    p.layer_mode.assign(in.layer_mode, in.layer_mode + in.layer_count);
+    p.layer_source.assign(in.layer_source, in.layer_source + in.layer_count);
+    if (in.layer_top_k) {
+        p.layer_top_k.assign(in.layer_top_k, in.layer_top_k + in.layer_count);
+    }
+    if (in.head_map) {
+        p.head_map.assign(in.head_map, in.head_map + size_t(in.layer_count)*in.head_kv_count);
+    }
 }
 
 llama_hylra_policy_ptr hylra_copy_policy(const hylra_policy & in, const llama_hparams & hparams) {
@@ -304,15 +330,9 @@ llama_hylra_policy_ptr hylra_copy_policy(const hylra_policy & in, const llama_hp
     p->recent_tokens  = in.recent_tokens;
     p->min_context    = in.min_context;
     p->prefill        = in.prefill;
-    p->layer_mode.assign(in.layer_mode, in.layer_mode + in.layer_count);
-    p->layer_source.assign(in.layer_source, in.layer_source + in.layer_count);
-    if (in.layer_top_k) {
-        p->layer_top_k.assign(in.layer_top_k, in.layer_top_k + in.layer_count);
-    }
-    if (in.head_map) {
-        p->head_map.assign(in.head_map, in.head_map + size_t(in.layer_count)*in.head_kv_count);
-    }
     try {
+        check_counts(*p, hparams);
+        copy_arrays(in, *p);
         check(*p, hparams);
     } catch (const std::exception & e) {
         p->problem = e.what();

@@ -3,12 +3,17 @@
 
 #include "hylra.h"
 
+#include "llama.h"
+
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
+struct gguf_context;
 struct llama_hparams;
-struct llama_model_loader;
+
+typedef std::unordered_map<std::string, llama_model_kv_override> hylra_overrides; // as llama_model_loader has them
 
 struct llama_hylra_policy {
     uint32_t version        = HYLRA_POLICY_VERSION;
@@ -37,6 +42,6 @@ struct llama_hylra_policy {
 typedef std::shared_ptr<const llama_hylra_policy> llama_hylra_policy_ptr;
 
 // nullptr if the file has no hylra.* keys. Never throws: quantize tools load models whose layers were renumbered.
-llama_hylra_policy_ptr hylra_read_policy(const llama_model_loader & ml, const llama_hparams & hparams);
+llama_hylra_policy_ptr hylra_read_policy(const gguf_context * metadata, const hylra_overrides & overrides, const llama_hparams & hparams);
 
 llama_hylra_policy_ptr hylra_copy_policy(const hylra_policy & policy, const llama_hparams & hparams);

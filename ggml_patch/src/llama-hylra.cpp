@@ -12,6 +12,7 @@
 #include "llama-kv-cache.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
+#include "llama-model-loader.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -30,7 +31,7 @@ constexpr uint32_t TOKENS_PER_SEQUENCE  = 8;          // drafts of speculative d
 // ---- policy and state
 
 llama_hylra_policy_ptr llama_hylra_load(const llama_model_loader & ml, const llama_hparams & hparams) {
-    return hylra_read_policy(ml, hparams);
+    return hylra_read_policy(ml.metadata, ml.kv_overrides, hparams);
 }
 
 static bool killed_by_environment() {
@@ -128,7 +129,8 @@ public:
     uint32_t n_layer_ours  = 0;
     std::vector<uint32_t> layer_states;                   // hylra_layer_state [layer_count]
 
-    ggml_tensor * forced = nullptr;                       // I32 [n_forced, n_tokens], -1 = none
+    uint32_t n_sink = 0, n_recent = 0;                    // the policy's, but no more than there are cells
+    ggml_tensor * forced = nullptr;                       // I32 [n_sink + n_recent, n_tokens], -1 = none
     ggml_tensor * cells[LLAMA_MAX_LAYERS] = {};           // per select layer: I32 [top_k, lists, n_tokens, n_stream]
     std::deque<hylra_op> ops;                             // a deque keeps addresses
 
@@ -140,11 +142,11 @@ private:
         const auto end = by_pos.upper_bound({ ubatch.pos[i], UINT32_MAX }); // later tokens of the batch are in the cache already
         std::fill(out, out + forced->ne[0], -1);
         uint32_t n = 0;
-        for (auto it = by_pos.begin(); it != end && n < policy->sink_tokens; ++it) {
+        for (auto it = by_pos.begin(); it != end && n < n_sink; ++it) {
             out[n++] = int32_t(it->second);
         }
-        n = policy->sink_tokens;
-        for (auto it = end; it != by_pos.begin() && n < policy->sink_tokens + policy->recent_tokens; ) {
+        n = n_sink;
+        for (auto it = end; it != by_pos.begin() && n < n_sink + n_recent; ) {
             out[n++] = int32_t((--it)->second);
         }
     }
@@ -160,8 +162,14 @@ static void decide(llm_graph_input_hylra & input, const llm_graph_context & grap
     // auto_fa: the probe for flash attention must see the stock node (llama_context::resolve_fused_ops)
     input.decode_sized = input.policy && input.cache && c.causal_attn && !c.training && !c.auto_fa &&
                          graph.ubatch.n_tokens <= max_decode_tokens(c);
+    if (!input.decode_sized) {
+        return;
+    }
+    const uint32_t n_kv = input.cache->get_n_kv();
+    input.n_sink   = std::min(input.policy->sink_tokens, n_kv);
+    input.n_recent = std::min(input.policy->recent_tokens, n_kv);
     // n_kv is padded: only above min_context + padding are min_context cells surely in use
-    input.sparse       = input.decode_sized && input.cache->get_n_kv() + 1 >= uint64_t(input.policy->min_context) + KV_PADDING;
+    input.sparse   = n_kv + 1 >= uint64_t(input.policy->min_context) + KV_PADDING;
 }
 
 // Of this graph; made by its first attention layer.
@@ -234,7 +242,7 @@ struct layer_builder {
 
     ggml_tensor * forced_cells() const {
         if (!input.forced) {
-            const int64_t n = std::max<int64_t>(1, int64_t(policy.sink_tokens) + policy.recent_tokens);
+            const int64_t n = std::max<int64_t>(1, int64_t(input.n_sink) + input.n_recent);
             input.forced = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, n, graph.ubatch.n_tokens);
             ggml_set_input(input.forced);
             ggml_set_name(input.forced, "hylra_forced");

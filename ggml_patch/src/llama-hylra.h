@@ -11,6 +11,7 @@ struct ggml_backend_buffer;
 struct ggml_tensor;
 struct llama_hylra_context;
 struct llama_model;
+struct llama_model_loader;
 struct llm_graph_context;
 
 // llama_model_base::load_hparams, after the architecture's own hyperparameters
