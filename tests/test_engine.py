@@ -12,6 +12,7 @@ from support import Session, full_like, policy, random_tokens, run_on_stock, wri
 
 from hylra_gguf import engine
 from hylra_gguf.errors import PolicyError
+from hylra_gguf.policy import Policy
 from hylra_gguf.gguf_header import write_policy
 
 engine.activate()
