@@ -98,6 +98,8 @@ ARCHITECTURES = {
     "gpt-neox": Architecture("gptneox", "aaaa", BIASED, {"attention.head_count_kv": 4, "use_parallel_residual": True},
                              model=BIASED_OUTPUT, head_kv_count=4, sizes=dict(K=128, A=384)),
     "deepseek2 (MLA)": Architecture("deepseek2", "aaaa", MLA, MLA_KEYS, head_kv_count=1, sizes=MLA_SIZES),
+    "deepseek2 with a draft layer": Architecture("deepseek2", "aaa", MLA, {**MLA_KEYS, "block_count": 4, "nextn_predict_layers": 1},
+                                                 head_kv_count=1, sizes=MLA_SIZES),
     "olmo2": Architecture("olmo2", "aaaa", QKV + "attn_q_norm Q; attn_k_norm K; " + POST_NORMS + GATED),
     "olmo3, as olmo2 with a window": Architecture("olmo2", "wwwawwwa", QKV + "attn_q_norm Q; attn_k_norm K; " + POST_NORMS + GATED),
     "command-r": Architecture("command-r", "aaaa", "attn_norm E; " + QKV + GATED, {"logit_scale": 1.0}, model=TIED),

@@ -5,6 +5,7 @@ the profile finds the same layers; the whole chain of commands on MLA; policies 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from support import Session, full_like, policy, random_tokens, run_on_stock, sil
 
 from hylra_gguf import engine
 from hylra_gguf.cli import main
+from hylra_gguf.drift import measure_drift
+from hylra_gguf.errors import PolicyError
 from hylra_gguf.plan import plan_policy
 from hylra_gguf.profile import Options, profile_model
 
@@ -166,22 +169,42 @@ def check_layers(name, trace):
         np.testing.assert_allclose(trace.outputs[il], want, atol=2e-5 * max(1, np.abs(want).max()), rtol=1e-4, err_msg=f"layer {il}")
 
 
+REFUSED = {"gemma2": (0, "layer 0 has sliding-window attention, it must be full"), "lfm2 (hybrid)": (2, "layer 2 has no attention, it must be full"),
+           "qwen3next (hybrid)": (4, "layer 4 has no attention, it must be full")}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_policy_that_wants_such_a_layer_is_refused(model, name):
+    layer, words = REFUSED[name]
+    p = policy_of(name)
+    mode, source = (tuple(value if il == layer else old for il, old in enumerate(values))
+                    for value, values in ((1, p.layer_mode), (layer, p.layer_source)))
+    with Session(model(name)) as s:
+        with pytest.raises(PolicyError, match=words):
+            engine.set_policy(s.ctx, replace(p, layer_mode=mode, layer_source=source))
+        assert not engine.status(s.ctx)["on"] and words in engine.status(s.ctx)["reason"]
+
+
 # ---- the profiler and the commands
-
-SHARED_KV = {"gemma3n": {24, 29}}  # the profile tells layers by their KV cache, and these have none of their own: they stay full
-
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_profile_finds_these_layers_and_its_plan_runs(model, name):
     silence(engine.activate())
     found = profile_model(str(model(name)), [("random", text_of(1024))], Options(contexts=[1024], top_k=[64], sink_tokens=4, recent_tokens=16,
                                                                                  samples=4, n_threads=1, progress=False))
-    able = {il for il, kind in enumerate(ALL[name].layers) if kind == "a"} - SHARED_KV.get(name, set())
+    able = {il for il, kind in enumerate(ALL[name].layers) if kind == "a"}
     assert set(np.flatnonzero(found.eligible)) == able and found.head_kv_count == ALL[name].head_kv_count
     p = plan_policy(found, "explicit", layers=[min(able)], max_sensitivity=9.0, min_context=256)
     assert p.layer_mode.count(2) == len(able) - 1
     _, status = decode(model(name), p)
     assert status["on"] and status["sparse_steps"] == N_STEPS
+
+
+def test_drift_tells_layers_that_share_a_kv_cache_apart(model):
+    p = policy_of("gemma3n", top_k=100)
+    rows = measure_drift(str(model("gemma3n")), p, [("random", text_of(1024))], Options(contexts=[1024], samples=2, n_threads=1, progress=False))
+    assert [row["layer"] for row in rows] == [9, 19, 29] and [row["source"] for row in rows] == [4, 4, 24]
+    assert all(0.1 < row["planned"] < 0.999 and row["tokens"] == 16 for row in rows)
 
 
 def test_every_command_on_mla(model, tmp_path, monkeypatch, capsys):

@@ -99,6 +99,11 @@ void hylra_reset_counters(llama_context * ctx) { state_of(ctx).reset_counters();
 
 // ---- tracing
 
+static int query_layer(const ggml_tensor * q) {
+    int layer = -1;
+    return sscanf(q->name, HYLRA_TRACED_Q, &layer) == 1 ? layer : -1;
+}
+
 static int cache_layer(const ggml_tensor * k) {
     int layer = -1;
     return k->view_src && sscanf(k->view_src->name, "cache_k_l%d", &layer) == 1 ? layer : -1;
@@ -115,7 +120,7 @@ static int trace_stock(const ggml_tensor * node, hylra_attn & out) {
     out = hylra_attn_of(node->src[0], node->src[1], node->src[2], node->src[3], node->src[4]);
     float params[3]; // scale, max_bias, softcap: ggml_flash_attn_ext in ggml.c
     memcpy(params, node->op_params, sizeof(params));
-    out.layer    = cache_layer(node->src[1]);
+    out.layer    = query_layer(node->src[0]);
     out.scale    = params[0];
     out.max_bias = params[1];
     out.softcap  = params[2];

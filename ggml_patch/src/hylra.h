@@ -107,7 +107,7 @@ HYLRA_API void hylra_reset_counters(struct llama_context * ctx);
 //   dst  F32     [n_embd_v, n_head,   n_tokens,  n_stream]
 //   cells I32    [n_cells,  lists,    n_tokens,  n_stream]   contiguous, -1 = none; NULL: all cells
 struct hylra_attn {
-    int32_t layer;            // of the K cache tensor, -1 if unknown
+    int32_t layer;            // -1 if unknown
     int32_t type_k, type_v;   // ggml_type
     int32_t n_embd_k, n_embd_v, n_head, n_head_kv, n_kv, n_tokens, n_stream; // n_tokens: per stream
     float   scale, max_bias, softcap;

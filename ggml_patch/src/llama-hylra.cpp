@@ -314,6 +314,9 @@ ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q,
     if (!graph.cparams.hylra) {
         return nullptr;
     }
+    if (graph.cparams.cb_eval) {
+        ggml_format_name(q, HYLRA_TRACED_Q, il);
+    }
     llm_graph_input_hylra & input = input_of(graph);
     if (!input.sparse) {
         return nullptr;
