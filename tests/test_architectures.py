@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, LARGE, write_architecture
+from architectures import ARCHITECTURES, LARGE, TRAINED, write_architecture
 from reference import Trace, attention, cells_allowed, check_selection, probabilities
 from support import Session, full_like, policy, random_tokens, run_on_stock, silence
 
@@ -21,9 +21,9 @@ from hylra_gguf.plan import plan_policy
 from hylra_gguf.profile import Options, profile_model
 
 engine.activate()
-ALL = {**ARCHITECTURES, **LARGE}
+ALL = {**ARCHITECTURES, **LARGE, **TRAINED}
 N_PAST, N_STEPS = 500, 4
-NAMES = list(ALL)
+NAMES = [*ARCHITECTURES, *LARGE]
 WHY = {"w": "sliding-window attention", "r": "no attention over the KV cache"}
 
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
     def path(name):
         if name not in written:
-            written[name] = write_architecture(folder / f"{NAMES.index(name)}.gguf", ALL[name], with_tokenizer=True)
+            written[name] = write_architecture(folder / f"{list(ALL).index(name)}.gguf", ALL[name], with_tokenizer=True)
         return written[name]
 
     return path
@@ -169,6 +169,16 @@ def check_layers(name, trace):
         np.testing.assert_allclose(trace.outputs[il], want, atol=2e-5 * max(1, np.abs(want).max()), rtol=1e-4, err_msg=f"layer {il}")
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_model_that_is_sparse_by_training_stays_stock_and_says_so(model, name):
+    p = policy("SRRR", head_kv_count=1)
+    (got, status), (want, _) = decode(model(name), p), decode(model(name), None)
+    np.testing.assert_array_equal(got, want)
+    assert not status["on"] and status["sparse_steps"] == 0
+    why = "a kind of KV cache that the engine does not serve"
+    assert status["reason"] == f"no layer can be served: {why}" and status["left_to_stock"] == dict.fromkeys(range(4), why)
+
+
 REFUSED = {"gemma2": (0, "layer 0 has sliding-window attention, it must be full"), "lfm2 (hybrid)": (2, "layer 2 has no attention, it must be full"),
            "qwen3next (hybrid)": (4, "layer 4 has no attention, it must be full")}
 
@@ -205,6 +215,16 @@ def test_drift_tells_layers_that_share_a_kv_cache_apart(model):
     rows = measure_drift(str(model("gemma3n")), p, [("random", text_of(1024))], Options(contexts=[1024], samples=2, n_threads=1, progress=False))
     assert [row["layer"] for row in rows] == [9, 19, 29] and [row["source"] for row in rows] == [4, 4, 24]
     assert all(0.1 < row["planned"] < 0.999 and row["tokens"] == 16 for row in rows)
+
+
+def test_commands_that_must_rewind_refuse_hybrids_in_one_line(model, tmp_path, capsys):
+    path, own = str(model("lfm2 (hybrid)")), str(tmp_path / "policy.json")
+    policy_of("lfm2 (hybrid)").save(own)
+    for line, words in ((["bench", path, "--policy", own, "-d", "300", "--arms", "full,hylra"], "cannot be rewound"),
+                        (["profile", path, "--policy", own, "-c", "1024"], "cannot forget its last tokens")):
+        code = main([*line, "-t", "1", "--no-progress"])
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "") and words in err.splitlines()[-1]
 
 
 def test_every_command_on_mla(model, tmp_path, monkeypatch, capsys):

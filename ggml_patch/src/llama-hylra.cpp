@@ -160,8 +160,12 @@ static uint32_t max_decode_tokens(const llama_cparams & cparams) {
 static void decide(llm_graph_input_hylra & input, const llm_graph_context & graph) {
     const llama_cparams & c = graph.cparams;
     // auto_fa: the probe for flash attention must see the stock node (llama_context::resolve_fused_ops)
-    input.decode_sized = input.policy && input.cache && c.causal_attn && !c.training && !c.auto_fa &&
-                         graph.ubatch.n_tokens <= max_decode_tokens(c);
+    const bool ours    = input.policy && c.causal_attn && !c.training && !c.auto_fa && graph.ubatch.n_tokens <= max_decode_tokens(c);
+    input.decode_sized = ours && input.cache;
+    if (ours && !input.cache) {
+        input.state.layer_states.assign(input.policy->layer_count, HYLRA_LAYER_MEMORY);
+        input.state.stock_only = true;
+    }
     if (!input.decode_sized) {
         return;
     }
