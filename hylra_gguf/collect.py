@@ -76,7 +76,7 @@ class Collector:
     # -- one layer
 
     def wants(self, layer: int, sampled: list[SampledRow], rows: AttentionRows) -> bool:
-        """Not a sliding window, and not a second node on a K cache whose number an earlier layer has."""
+        """Not a sliding window, and not a second node of a layer."""
         if not 0 <= layer < self.layer_count or rows.k.shape[1] != self.head_kv_count:
             return False
         visible = rows.visible()

@@ -70,7 +70,7 @@ class DenseVisitor:
         self.step, self.seen = step, set()
 
     def wants(self, _node: int, kind: int, trace) -> bool:
-        """A later node with the same layer number shares that layer's cache and is another layer."""
+        """The first node of a layer that the policy makes sparse."""
         if kind != self.step.engine.TRACE_STOCK or trace.layer in self.seen or not 0 <= trace.layer < self.step.policy.layer_count:
             return False
         return self.step.policy.layer_mode[trace.layer] in (SELECT, REUSE)

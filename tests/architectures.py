@@ -1,7 +1,7 @@
 """Tiny models of many architectures with random weights: per architecture its metadata and tensors, as src/models/*.cpp asks for them.
 
 Tensors are lines `name SHAPE` in ggml's order (columns first), sizes by the letters below. A name without a point gets `.weight`,
-one that ends in a point no suffix. A layer is of a kind: a attention, w attention in a sliding window, r recurrent.
+one that ends in a point no suffix. A layer is of a kind: a attention, w attention in a sliding window, r recurrent, t attention that is sparse by training.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ ARCHITECTURES = {
     "gpt-neox": Architecture("gptneox", "aaaa", BIASED, {"attention.head_count_kv": 4, "use_parallel_residual": True},
                              model=BIASED_OUTPUT, head_kv_count=4, sizes=dict(K=128, A=384)),
     "deepseek2 (MLA)": Architecture("deepseek2", "aaaa", MLA, MLA_KEYS, head_kv_count=1, sizes=MLA_SIZES),
+    "deepseek2 with a draft layer": Architecture("deepseek2", "aaa", MLA, {**MLA_KEYS, "block_count": 4, "nextn_predict_layers": 1},
+                                                 head_kv_count=1, sizes=MLA_SIZES),
     "olmo2": Architecture("olmo2", "aaaa", QKV + "attn_q_norm Q; attn_k_norm K; " + POST_NORMS + GATED),
     "olmo3, as olmo2 with a window": Architecture("olmo2", "wwwawwwa", QKV + "attn_q_norm Q; attn_k_norm K; " + POST_NORMS + GATED),
     "command-r": Architecture("command-r", "aaaa", "attn_norm E; " + QKV + GATED, {"logit_scale": 1.0}, model=TIED),
@@ -118,6 +120,13 @@ ARCHITECTURES = {
 }
 
 
+# Sparse by training: llama.cpp keeps kinds of caches for them that the engine must leave alone. A layer is of kind t.
+TRAINED = {
+    "deepseek32 (trained sparsity)": Architecture(
+        "deepseek32", "tttt", MLA + "indexer.k_norm 128; indexer.k_norm.bias 128; indexer.proj E 64; indexer.attn_k E 128; indexer.attn_q_b R 8192; ",
+        {**MLA_KEYS, "attention.indexer.head_count": 64, "attention.indexer.key_length": 128, "attention.indexer.top_k": 256},
+        head_kv_count=1, sizes=MLA_SIZES),
+}
 # Layer counts and head shapes of large models, their width left small: 128 heads of MLA take 17 M weights a layer, so that model has few layers.
 LARGE = {
     "QwQ-32B: 64 layers, 40 heads and 8 KV heads of 128": Architecture(
@@ -161,7 +170,7 @@ def tensors(a: Architecture):
 
 def feed_forward(a: Architecture, il: int) -> str:
     """Of DeepSeek's kind, whose first layer is dense."""
-    if a.arch != "deepseek2":
+    if a.arch not in ("deepseek2", "deepseek32"):
         return ""
     return GATED if il == 0 else MOE + "exp_probs_b.bias X; ffn_gate_shexp E F; ffn_up_shexp E F; ffn_down_shexp F E"
 

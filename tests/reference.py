@@ -77,9 +77,9 @@ def alibi_slopes(n_head, max_bias):
 
 def logits(x):
     """float64 [stream, token, head, cell] of one traced layer, with softcap, ALiBi and mask"""
-    group = x["q"].shape[1] // x["k"].shape[1]
-    k = np.repeat(x["k"].astype(np.float64), group, axis=1)
-    s = np.einsum("shtd,shcd->sthc", x["q"].astype(np.float64), k) * x["scale"]
+    n_stream, n_head, n_tokens, n_embd = x["q"].shape
+    q = x["q"].astype(np.float64).reshape(n_stream, x["k"].shape[1], -1, n_embd)  # the heads of a group one behind the other
+    s = (q @ x["k"].astype(np.float64).swapaxes(2, 3)).reshape(n_stream, n_head, n_tokens, -1).swapaxes(1, 2) * x["scale"]
     if x["softcap"]:
         s = x["softcap"] * np.tanh(s / x["softcap"])
     slopes = alibi_slopes(s.shape[2], x["max_bias"])[:, None]
@@ -99,8 +99,9 @@ def probabilities(x, allowed=None):
 
 def attention(x, p):
     """float64 [stream, token, head, column]"""
-    group = x["q"].shape[1] // x["v"].shape[1]
-    return np.einsum("sthc,shcd->sthd", p, np.repeat(x["v"].astype(np.float64), group, axis=1))
+    n_stream, n_tokens, n_head, n_kv = p.shape
+    grouped = p.swapaxes(1, 2).reshape(n_stream, x["v"].shape[1], -1, n_kv)
+    return (grouped @ x["v"].astype(np.float64)).reshape(n_stream, n_head, n_tokens, -1).swapaxes(1, 2)
 
 
 def check_selection(x, cells, lists, top_k, forced):

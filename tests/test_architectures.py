@@ -5,22 +5,25 @@ the profile finds the same layers; the whole chain of commands on MLA; policies 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, LARGE, write_architecture
+from architectures import ARCHITECTURES, LARGE, TRAINED, write_architecture
 from reference import Trace, attention, cells_allowed, check_selection, probabilities
 from support import Session, full_like, policy, random_tokens, run_on_stock, silence
 
 from hylra_gguf import engine
 from hylra_gguf.cli import main
+from hylra_gguf.drift import measure_drift
+from hylra_gguf.errors import PolicyError
 from hylra_gguf.plan import plan_policy
 from hylra_gguf.profile import Options, profile_model
 
 engine.activate()
-ALL = {**ARCHITECTURES, **LARGE}
+ALL = {**ARCHITECTURES, **LARGE, **TRAINED}
 N_PAST, N_STEPS = 500, 4
-NAMES = list(ALL)
+NAMES = [*ARCHITECTURES, *LARGE]
 WHY = {"w": "sliding-window attention", "r": "no attention over the KV cache"}
 
 
@@ -31,7 +34,7 @@ def model(tmp_path_factory):
 
     def path(name):
         if name not in written:
-            written[name] = write_architecture(folder / f"{NAMES.index(name)}.gguf", ALL[name], with_tokenizer=True)
+            written[name] = write_architecture(folder / f"{list(ALL).index(name)}.gguf", ALL[name], with_tokenizer=True)
         return written[name]
 
     return path
@@ -166,22 +169,62 @@ def check_layers(name, trace):
         np.testing.assert_allclose(trace.outputs[il], want, atol=2e-5 * max(1, np.abs(want).max()), rtol=1e-4, err_msg=f"layer {il}")
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_model_that_is_sparse_by_training_stays_stock_and_says_so(model, name):
+    p = policy("SRRR", head_kv_count=1)
+    (got, status), (want, _) = decode(model(name), p), decode(model(name), None)
+    np.testing.assert_array_equal(got, want)
+    assert not status["on"] and status["sparse_steps"] == 0
+    why = "a kind of KV cache that the engine does not serve"
+    assert status["reason"] == f"no layer can be served: {why}" and status["left_to_stock"] == dict.fromkeys(range(4), why)
+
+
+REFUSED = {"gemma2": (0, "layer 0 has sliding-window attention, it must be full"), "lfm2 (hybrid)": (2, "layer 2 has no attention, it must be full"),
+           "qwen3next (hybrid)": (4, "layer 4 has no attention, it must be full")}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_policy_that_wants_such_a_layer_is_refused(model, name):
+    layer, words = REFUSED[name]
+    p = policy_of(name)
+    mode, source = (tuple(value if il == layer else old for il, old in enumerate(values))
+                    for value, values in ((1, p.layer_mode), (layer, p.layer_source)))
+    with Session(model(name)) as s:
+        with pytest.raises(PolicyError, match=words):
+            engine.set_policy(s.ctx, replace(p, layer_mode=mode, layer_source=source))
+        assert not engine.status(s.ctx)["on"] and words in engine.status(s.ctx)["reason"]
+
+
 # ---- the profiler and the commands
-
-SHARED_KV = {"gemma3n": {24, 29}}  # the profile tells layers by their KV cache, and these have none of their own: they stay full
-
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_profile_finds_these_layers_and_its_plan_runs(model, name):
     silence(engine.activate())
     found = profile_model(str(model(name)), [("random", text_of(1024))], Options(contexts=[1024], top_k=[64], sink_tokens=4, recent_tokens=16,
                                                                                  samples=4, n_threads=1, progress=False))
-    able = {il for il, kind in enumerate(ALL[name].layers) if kind == "a"} - SHARED_KV.get(name, set())
+    able = {il for il, kind in enumerate(ALL[name].layers) if kind == "a"}
     assert set(np.flatnonzero(found.eligible)) == able and found.head_kv_count == ALL[name].head_kv_count
     p = plan_policy(found, "explicit", layers=[min(able)], max_sensitivity=9.0, min_context=256)
     assert p.layer_mode.count(2) == len(able) - 1
     _, status = decode(model(name), p)
     assert status["on"] and status["sparse_steps"] == N_STEPS
+
+
+def test_drift_tells_layers_that_share_a_kv_cache_apart(model):
+    p = policy_of("gemma3n", top_k=100)
+    rows = measure_drift(str(model("gemma3n")), p, [("random", text_of(1024))], Options(contexts=[1024], samples=2, n_threads=1, progress=False))
+    assert [row["layer"] for row in rows] == [9, 19, 29] and [row["source"] for row in rows] == [4, 4, 24]
+    assert all(0.1 < row["planned"] < 0.999 and row["tokens"] == 16 for row in rows)
+
+
+def test_commands_that_must_rewind_refuse_hybrids_in_one_line(model, tmp_path, capsys):
+    path, own = str(model("lfm2 (hybrid)")), str(tmp_path / "policy.json")
+    policy_of("lfm2 (hybrid)").save(own)
+    for line, words in ((["bench", path, "--policy", own, "-d", "300", "--arms", "full,hylra"], "cannot be rewound"),
+                        (["profile", path, "--policy", own, "-c", "1024"], "cannot forget its last tokens")):
+        code = main([*line, "-t", "1", "--no-progress"])
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "") and words in err.splitlines()[-1]
 
 
 def test_every_command_on_mla(model, tmp_path, monkeypatch, capsys):

@@ -320,6 +320,13 @@ def test_layers_that_cannot_be_served_are_told(tmp_path):
     assert not status["on"] and "no layer can be served" in status["reason"] and set(status["left_to_stock"]) == {0, 1, 2, 3}
 
 
+def test_every_layer_state_has_words_of_its_own():
+    states = [name for name in dir(engine.lib) if name.startswith("HYLRA_LAYER_")]
+    texts = {engine.ffi.string(engine.lib.hylra_layer_text(getattr(engine.lib, name))) for name in states}
+    assert len(texts) == len(states) > 10 and b"unknown" not in texts
+    assert engine.ffi.string(engine.lib.hylra_layer_text(len(states))) == b"unknown"
+
+
 MISFITS = {
     "another layer count": (lambda: policy("FSRRR"), "layer_count is 5, the model has 4 layers"),
     "another head count": (lambda: policy("FSRR", head_kv_count=3), "head_kv_count is 3, the model has 2 KV heads"),

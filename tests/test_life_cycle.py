@@ -1,8 +1,8 @@
 """What a cache goes through while it is decoded from: sequences, streams, shifts, copies, states, drafts, batches of every size.
 
 Each scenario runs three times: under a policy whose selection covers everything, which must give the tokens of the `full` arm; under
-`full` itself; and under a real selection, where every step's nodes must be NumPy's. Once with RoPE and no forced cells, once with
-ALiBi, whose mask tells the position of every cell, so that sink and recent cells are known.
+`full` itself; and under a real selection, where every step's nodes must be NumPy's. So on five models; that with ALiBi has sink and
+recent cells, since its mask tells the position of every cell.
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ from support import Session, full_like, policy, random_tokens
 from hylra_gguf import engine
 
 engine.activate()
-TOP_K, SINK, RECENT = 64, 4, 16
-KINDS = {"RoPE": dict(head_kv_count=2, sink_tokens=0, recent_tokens=0), "ALiBi": dict(head_kv_count=4, sink_tokens=SINK, recent_tokens=RECENT)}
-MODELS = {"RoPE": "llama", "ALiBi": "bloom (ALiBi)"}
+TOP_K = 64
+# model, layers of the policy, its further fields
+KINDS = {
+    "RoPE": ("llama", "SRFRS", dict(head_kv_count=2, sink_tokens=0, recent_tokens=0)),
+    "ALiBi": ("bloom (ALiBi)", "SRFR", dict(head_kv_count=4, sink_tokens=4, recent_tokens=16)),
+    "MLA": ("deepseek2 (MLA)", "SRFR", dict(head_kv_count=1, sink_tokens=0, recent_tokens=0)),
+    "sliding window": ("gemma2", "FSFRFR", dict(head_kv_count=2, sink_tokens=0, recent_tokens=0)),
+    "hybrid": ("lfm2 (hybrid)", "FSFRFR", dict(head_kv_count=2, sink_tokens=0, recent_tokens=0)),
+}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("life")
-    return {kind: write_architecture(folder / f"{kind}.gguf", ARCHITECTURES[name]) for kind, name in MODELS.items()}
+    return {kind: write_architecture(folder / f"{kind}.gguf", ARCHITECTURES[name]) for kind, (name, _, _) in KINDS.items()}
 
 
 def policy_for(kind: str, **fields):
-    return policy("SRFRS" if kind == "RoPE" else "SRFR", **KINDS[kind], **{"top_k": TOP_K, **fields})
+    _, pattern, own = KINDS[kind]
+    return policy(pattern, **own, **{"top_k": TOP_K, **fields})
 
 
 class Arm(Session):
@@ -47,7 +54,7 @@ class Arm(Session):
             self.trace.forget()
         self.logits.append(self.decode(entries))
         if self.trace:
-            check_step(self.policy, self.trace)
+            check_step(self.policy, self.trace, set(engine.status(self.ctx)["left_to_stock"]))
 
 
 def forced_cells(x, p):
@@ -63,11 +70,11 @@ def by_distance(row, p):
     return [*order[:p.recent_tokens], *order[len(order) - p.sink_tokens:]]
 
 
-def check_step(p, trace):
+def check_step(p, trace, left_to_stock):
     cells = None
-    assert sorted(trace.outputs) == list(range(p.layer_count)), "the step did not run sparse"
-    for il, mode in enumerate(p.layer_mode):
-        x, allowed = trace.inputs[il], None
+    assert trace.outputs and set(trace.outputs) == set(range(p.layer_count)) - left_to_stock, "the step did not run sparse"
+    for il, x in sorted(trace.inputs.items()):
+        mode, allowed = p.layer_mode[il], None
         if mode == 1:
             cells = trace.choices[il]
             check_selection(x, cells, 1, p.top_k, forced_cells(x, p))
@@ -132,6 +139,15 @@ def sequence_copy(a):
     a.step((5, 460, 2), (6, 503, 1))
 
 
+def stream_copy(a):
+    """Between streams llama.cpp copies whole sequences, buffers and all."""
+    a.prefill(random_tokens(500))
+    a.api.llama_memory_seq_cp(a.memory, 0, 2, -1, -1)
+    a.step((1, 500, 0), (2, 500, 2))
+    a.remove(0)
+    a.step((3, 501, 2))
+
+
 def prompt_cache_hit(a):
     a.prefill(random_tokens(600))
     a.step((1, 600, 0))
@@ -151,7 +167,7 @@ def state_saved_and_loaded(a):
     a.api.llama_memory_clear(a.memory, True)
     assert a.api.llama_state_set_data(a.ctx, state, size) > 0
     a.step((2, 501, 0))
-    np.testing.assert_array_equal(a.logits[-1], a.logits[-2])
+    np.testing.assert_allclose(a.logits[-1], a.logits[-2], atol=1e-3 * a.logits[-1].std())  # sliding windows restore their cells in another order
 
 
 def sequence_state_into_holes(a):
@@ -207,6 +223,7 @@ SCENARIOS = {
     "context shift": (context_shift, {}),
     "context shift, V q8_0": (context_shift, dict(type_v=8)),
     "sequence copy, one cache": (sequence_copy, dict(n_seq_max=3)),
+    "sequence copy, streams": (stream_copy, dict(n_seq_max=3, unified=False, n_ctx=3072)),
     "prompt-cache hit": (prompt_cache_hit, {}),
     "state saved and loaded": (state_saved_and_loaded, {}),
     "state of a sequence loaded into holes": (sequence_state_into_holes, dict(n_seq_max=3)),
@@ -219,12 +236,25 @@ SCENARIOS = {
     "K q8_0, V f16": (different_lengths, dict(n_seq_max=3, type_k=8, type_v=1)),
     "K f16, V q8_0": (different_lengths, dict(n_seq_max=3, type_k=1, type_v=8)),
     "K bf16, V q4_0": (different_lengths, dict(n_seq_max=3, type_k=30, type_v=2)),
+    "K and V q8_0": (different_lengths, dict(n_seq_max=3, type_k=8, type_v=8)),
     "threads changed between calls": (threads_changed, {}),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SCENARIOS)
+REWINDING = {"cells out of order", "context shift", "context shift, V q8_0", "sequence copy, one cache", "prompt-cache hit",
+             "state of a sequence loaded into holes", "drafts rolled back", "batches of 1 to 64 tokens, one cache", "batches of 1 to 64 tokens, streams"}
+
+
+def possible(name, kind):
+    """The V of MLA lies in its K, so they are of one type; a recurrent state can neither be rewound nor shifted."""
+    context = SCENARIOS[name][1]
+    return not (kind == "MLA" and context.get("type_k", 1) != context.get("type_v", 1)) and not (kind == "hybrid" and name in REWINDING)
+
+
+CASES = [(name, kind) for name in SCENARIOS for kind in KINDS if possible(name, kind)]
+
+
+@pytest.mark.parametrize("name, kind", CASES)
 def test_a_selection_that_covers_everything_gives_the_tokens_of_full(models, kind, name):
     happens, context = SCENARIOS[name]
     logits = []
@@ -238,8 +268,7 @@ def test_a_selection_that_covers_everything_gives_the_tokens_of_full(models, kin
     np.testing.assert_allclose(got, want, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name, kind", CASES)
 def test_a_real_selection_is_that_of_numpy_at_every_step(models, kind, name):
     happens, context = SCENARIOS[name]
     with Arm(models[kind], policy_for(kind), Trace(), **context) as arm:

@@ -7,6 +7,7 @@
 #include "llama-context.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -55,13 +56,22 @@ void hylra_get_status(const llama_context * ctx, hylra_status * out) {
     }
 }
 
+// Of the first layer that the policy has something to do with.
+static const char * stock_reason(const llama_hylra_context & state) {
+    static thread_local std::string line;
+    const auto & mode = state.policy->layer_mode;
+    const size_t il = size_t(std::find_if(mode.begin(), mode.end(), [](uint32_t m) { return m != HYLRA_FULL; }) - mode.begin());
+    line = std::string("no layer can be served: ") + hylra_layer_text(state.layer_states[il < mode.size() ? il : 0]);
+    return line.c_str();
+}
+
 const char * hylra_reason(const llama_context * ctx) {
     const llama_hylra_context & state = state_of(ctx);
     if (state.policy && !flash_attention(ctx)) {
         return "flash attention is off: create the context with flash_attn=True";
     }
     if (state.stock_only) {
-        return "no layer can be served: the KV cache lies on a device without HyLRA kernels, or a head is too large";
+        return stock_reason(state);
     }
     return state.reason.c_str();
 }
@@ -90,7 +100,7 @@ const char * hylra_layer_text(uint32_t state) {
     static const char * const TEXTS[] = {
         "not known before a batch has run sparse", "served", "no attention over the KV cache", "sliding-window attention",
         "sparse by training", "attention without a KV cache", "its KV cache lies on a device without HyLRA kernels",
-        "a head size, head count or mask that no kernel takes", "the batch needs too much memory", "its source layer was not served",
+        "a head size, head count or mask that no kernel takes", "the batch needs too much memory", "its source layer was not served", "a kind of KV cache that the engine does not serve",
     };
     return state < sizeof(TEXTS)/sizeof(*TEXTS) ? TEXTS[state] : "unknown";
 }
@@ -98,6 +108,11 @@ const char * hylra_layer_text(uint32_t state) {
 void hylra_reset_counters(llama_context * ctx) { state_of(ctx).reset_counters(); }
 
 // ---- tracing
+
+static int query_layer(const ggml_tensor * q) {
+    int layer = -1;
+    return sscanf(q->name, HYLRA_TRACED_Q, &layer) == 1 ? layer : -1;
+}
 
 static int cache_layer(const ggml_tensor * k) {
     int layer = -1;
@@ -115,7 +130,7 @@ static int trace_stock(const ggml_tensor * node, hylra_attn & out) {
     out = hylra_attn_of(node->src[0], node->src[1], node->src[2], node->src[3], node->src[4]);
     float params[3]; // scale, max_bias, softcap: ggml_flash_attn_ext in ggml.c
     memcpy(params, node->op_params, sizeof(params));
-    out.layer    = cache_layer(node->src[1]);
+    out.layer    = query_layer(node->src[0]);
     out.scale    = params[0];
     out.max_bias = params[1];
     out.softcap  = params[2];

@@ -10,6 +10,9 @@
 
 struct llama_model;
 
+// Name of the query of llama.cpp's own attention node while someone traces: a layer without a KV cache of its own cannot be told by it.
+constexpr char HYLRA_TRACED_Q[] = "hylra_q-%d";
+
 struct llama_hylra_context {
     const llama_model & model;
     llama_hylra_policy_ptr policy; // active; nullptr: dense

@@ -69,7 +69,7 @@ HYLRA_API int hylra_use_model_policy(struct llama_context * ctx);
 
 HYLRA_API void hylra_get_status(const struct llama_context * ctx, struct hylra_status * out);
 
-// Why the context is dense: one line, or "" while HyLRA is on. Valid until the policy changes.
+// Why the context is dense: one line, or "" while HyLRA is on. Valid until the next call of this thread.
 HYLRA_API const char * hylra_reason(const struct llama_context * ctx);
 
 // Fills mass[il] with the sum, over the tokens and lists that layer il has selected for, of the attention mass
@@ -88,6 +88,7 @@ enum hylra_layer_state {
     HYLRA_LAYER_SHAPE         = 7,
     HYLRA_LAYER_SCRATCH       = 8, // batch times cache needs too much memory
     HYLRA_LAYER_SOURCE        = 9, // its source layer was left to llama.cpp or looks at other cells
+    HYLRA_LAYER_MEMORY        = 10, // the model's kind of KV cache is not one that the engine serves
 };
 
 // Fills state[il]; it holds `n_layer` values.
@@ -107,7 +108,7 @@ HYLRA_API void hylra_reset_counters(struct llama_context * ctx);
 //   dst  F32     [n_embd_v, n_head,   n_tokens,  n_stream]
 //   cells I32    [n_cells,  lists,    n_tokens,  n_stream]   contiguous, -1 = none; NULL: all cells
 struct hylra_attn {
-    int32_t layer;            // of the K cache tensor, -1 if unknown
+    int32_t layer;            // -1 if unknown
     int32_t type_k, type_v;   // ggml_type
     int32_t n_embd_k, n_embd_v, n_head, n_head_kv, n_kv, n_tokens, n_stream; // n_tokens: per stream
     float   scale, max_bias, softcap;

@@ -160,8 +160,12 @@ static uint32_t max_decode_tokens(const llama_cparams & cparams) {
 static void decide(llm_graph_input_hylra & input, const llm_graph_context & graph) {
     const llama_cparams & c = graph.cparams;
     // auto_fa: the probe for flash attention must see the stock node (llama_context::resolve_fused_ops)
-    input.decode_sized = input.policy && input.cache && c.causal_attn && !c.training && !c.auto_fa &&
-                         graph.ubatch.n_tokens <= max_decode_tokens(c);
+    const bool ours    = input.policy && c.causal_attn && !c.training && !c.auto_fa && graph.ubatch.n_tokens <= max_decode_tokens(c);
+    input.decode_sized = ours && input.cache;
+    if (ours && !input.cache) {
+        input.state.layer_states.assign(input.policy->layer_count, HYLRA_LAYER_MEMORY);
+        input.state.stock_only = true;
+    }
     if (!input.decode_sized) {
         return;
     }
@@ -313,6 +317,9 @@ ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q,
                                ggml_tensor * kq_mask, ggml_tensor * sinks, int64_t n_kv_max, float kq_scale, int il) {
     if (!graph.cparams.hylra) {
         return nullptr;
+    }
+    if (graph.cparams.cb_eval) {
+        ggml_format_name(q, HYLRA_TRACED_Q, il);
     }
     llm_graph_input_hylra & input = input_of(graph);
     if (!input.sparse) {
