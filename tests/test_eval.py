@@ -202,6 +202,21 @@ def test_errors_are_one_line(own, capsys, flags, words):
     assert out == "" and err.count("\n") == 1 and words in err
 
 
+def test_an_interrupted_run_shows_what_is_done(own, capsys, monkeypatch):
+    examine, done = eval_command.Examiner.examine, []
+
+    def once(self, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(examine(self, *args))
+        return done[0]
+
+    monkeypatch.setattr(eval_command.Examiner, "examine", once)
+    assert main(["eval", str(own), *"-d 512 --docs 3 --questions 3 --following 0 --time 0 --arms hylra -t 1 -o json".split()]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"][1]["n_documents"] == 1 and "of the 1 documents that were done" in err
+
+
 def test_save_needs_a_policy(tiny, capsys):
     assert main(["eval", str(tiny), "--save"]) == 2
     assert "--save has no policy to write to" in capsys.readouterr().err
