@@ -164,7 +164,13 @@ def evaluate(args, report: Callable[[str], None]) -> dict:
     model_facts = next(stream)
     facts = {**facts_of_machine(argparse.Namespace(threads=args.threads, cache_type_k="f16", cache_type_v="f16")), **model_facts,
              **facts_of_gpu(args), "seed": args.seed}
-    found = list(stream)
+    found: list[Record] = []
+    try:
+        found.extend(stream)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        report(f"interrupted: the result is of the {len(found)} documents that were done")
     if not found:
         raise HylraError(f"--minutes {args.minutes}: no document was done in that time; allow more")
     return eval_report.result(facts, arms, found, args)

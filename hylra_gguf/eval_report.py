@@ -131,7 +131,7 @@ def cell(one: dict, name: str) -> str:
     if value is None:
         return ""
     low, high = one.get(f"{name}_low"), one.get(f"{name}_high")
-    return str(value) if low is None else f"{value} ({low} to {high})"
+    return str(value) if low is None or high is None else f"{value} ({low} to {high})"
 
 
 def measured(result: dict) -> dict[str, float]:

@@ -94,7 +94,8 @@ def long_row(lengths: list[int], dense_lengths: list[int], same: list[int], limi
 
 def named(name: str, triple, digits: int) -> dict:
     """Infinite ends, of a single sample, become None: JSON has no infinity."""
-    values = [round(float(x), digits) if np.isfinite(x) else None for x in triple]
+    known = np.isfinite(triple).all()
+    values = [round(float(x), digits) if known or i == 0 else None for i, x in enumerate(triple)]
     return dict(zip((name, f"{name}_low", f"{name}_high"), values))
 
 

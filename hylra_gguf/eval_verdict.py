@@ -21,11 +21,11 @@ def verdict(rows: list[dict], model: str) -> dict:
     own = [one for one in rows if one["arm"] == name]
     bad = [one for one in own if loses(one)]
     path, where = shlex.quote(model), ", ".join(str(one["n_depth"]) for one in bad or own)
-    if bad:
-        return {key: text.format(name=name, where=where, model=path) for key, text in signature(bad[0]).items()}
     if not any(one["sparse_steps"] for one in own):
         return {"verdict": f"{name}: never sparse at {where} tokens: min_context is above it",
                 "next": f"hylra-gguf eval {path} -d {2 * max(one['min_context'] for one in own)}"}
+    if bad:
+        return {key: text.format(name=name, where=where, model=path) for key, text in signature(bad[0]).items()}
     if any(one["verdict"] != eval_stats.OK for one in own):
         wide = ", ".join(str(one["n_depth"]) for one in own if one["verdict"] != eval_stats.OK)
         return {"verdict": f"{name}: no loss seen, but the intervals at {wide} tokens are too wide to say {ENOUGH}",
@@ -35,8 +35,10 @@ def verdict(rows: list[dict], model: str) -> dict:
 
 
 def loses(one: dict) -> bool:
-    """More than the margins, by what was measured, whatever the interval says."""
-    return one.get("score_loss", 0.0) > eval_stats.SCORE_MARGIN or one.get("ppl_ratio", 1.0) - 1 > eval_stats.PPL_MARGIN
+    """More than a margin, and more than chance explains."""
+    return any(value is not None and value > limit and low is not None and low > none for value, low, limit, none in (
+        (one.get("score_loss"), one.get("score_loss_low"), eval_stats.SCORE_MARGIN, 0.0),
+        (one.get("ppl_ratio"), one.get("ppl_ratio_low"), 1 + eval_stats.PPL_MARGIN, 1.0)))
 
 
 def signature(one: dict) -> dict:

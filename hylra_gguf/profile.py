@@ -24,10 +24,10 @@ from .measure import Budget
 from .profile_data import PROFILE_VERSION, Profile, model_identity, tool_version
 from .residual import ResidualStream
 from .resume import Partial, Place
-from .samples import Sample, choose_top_ks, plan_samples
-from .texts import calibration_text, read_texts
+from .samples import Sample, at_repeats, choose_top_ks, plan_samples
+from .texts import lookup_text, read_texts
 
-SAMPLES = 16
+SAMPLES = 32
 SINK_TOKENS = 4
 RECENT_TOKENS = 256
 BLOCK_SIZES = (1, 16, 32, 64, 128)
@@ -160,6 +160,7 @@ def profile_model(model_path: str, texts: list[tuple[str, str]] | None = None, o
                         options.sink_tokens, options.recent_tokens)
         names, token_lists = calibration_tokens(forward, texts, contexts[-1])
         samples = plan_samples(len(names), contexts, options.samples, budget.top_k[-1])
+        samples = at_repeats(samples, token_lists, options.recent_tokens)
         arch, layers, heads = model_shape(read_header(model_path))  # llama_model_n_head_kv is that of layer 0, which may be recurrent
         collector = Collector(layers, heads, len(samples), budget, sorted(set(options.block_sizes) | {1}))
         identity = model_identity(model_path)
@@ -198,7 +199,7 @@ def choose_contexts(asked: list[int] | None, n_ctx_train: int) -> list[int]:
 def calibration_tokens(forward: Forward, texts: list[tuple[str, str]] | None, n_tokens: int) -> tuple[list[str], list[list[int]]]:
     """Names and the first n_tokens tokens of each text"""
     if not texts:
-        text, name = calibration_text(n_tokens * CHARS_PER_TOKEN)
+        text, name = lookup_text(n_tokens * CHARS_PER_TOKEN)
         texts = [(name, text)]
     token_lists = [forward.tokenize(text[:n_tokens * MAX_CHARS_PER_TOKEN]) for _, text in texts]
     for (name, _), tokens in zip(texts, token_lists):

@@ -20,7 +20,7 @@ from .plan import summary
 from .policy import FULL, REUSE, SELECT, Policy
 from .profile_data import Profile
 from .session import Model
-from .texts import calibration_text, read_texts
+from .texts import lookup_text, read_texts
 
 N_TOKENS = 192  # per text: half of them decides
 # A change counts when the paired mean falls by this many standard errors. KL divergence has a heavy tail: with 2, a change that cut it by
@@ -228,7 +228,7 @@ def texts_for(model: Model, paths: list[str], n_tokens: int) -> list[list[int]]:
     """The user's texts, or the last two stretches of what ships with Python: the profile reads it from the start."""
     if paths:
         return [model.tokenize(text)[:n_tokens] for text in read_texts(paths)]
-    tokens = model.tokenize(calibration_text(ALL_CHARS)[0])
+    tokens = model.tokenize(lookup_text(ALL_CHARS)[0])
     return [tokens[-2 * n_tokens : -n_tokens], tokens[-n_tokens:]]
 
 

@@ -1,4 +1,5 @@
-"""Which query rows a profile samples: of each text and context length the later half, split into two halves that do not mix.
+"""Which query rows a profile samples: of each text and context length the later half, split into two halves that do not mix; every
+second one where the text repeats what it said long before, if it does: such rows have to look something up.
 
 Refuses contexts in which the largest top_k would leave too few cells out: every layer would then look perfect.
 """
@@ -6,13 +7,14 @@ Refuses contexts in which the largest top_k would leave too few cells out: every
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .errors import ProfileError
 
 TOP_K = (512, 1024, 2048)
+REPEAT_TOKENS = 8  # as many equal tokens in a row count as a repeat; more than the fixed words of texts.entry have
 MIN_DEPTH = 1.25  # a sample sees at least this many times top_k cells
 
 
@@ -71,3 +73,31 @@ def plan_samples(n_texts: int, contexts: list[int], samples: int, top_k: int) ->
                 position -= 1
             found[text, position] = Sample(text, position, is_heldout(index, count, unit))
     return [found[key] for key in sorted(found)]
+
+
+# -- rows that look something up --------------------------------------------------------------------------------------
+
+
+def repeats(tokens: list[int], min_distance: int) -> list[int]:
+    """Positions whose last REPEAT_TOKENS tokens stand earlier too, at least min_distance before and with the same token behind them,
+    while the last two alone have been followed by others: the row has to find that place to know how it goes on."""
+    found, ends, followers = [], {}, {}
+    for at in range(REPEAT_TOKENS - 1, len(tokens) - 1):
+        before = ends.setdefault(tuple(tokens[at - REPEAT_TOKENS + 1 : at + 1]), at)
+        follow = followers.setdefault((tokens[at - 1], tokens[at]), set())
+        if at - before >= min_distance and tokens[before + 1] == tokens[at + 1] and len(follow) > 1:
+            found.append(at)
+        follow.add(tokens[at + 1])
+    return found
+
+
+def at_repeats(samples: list[Sample], token_lists: list[list[int]], min_distance: int) -> list[Sample]:
+    """Every second sample of a text moves on to the next repeat before the sample after it, if there is one."""
+    out = []
+    for text, tokens in enumerate(token_lists):
+        own, found = [sample for sample in samples if sample.text == text], repeats(tokens, min_distance)
+        ends = [sample.position for sample in own[1:]] + [len(tokens)]
+        for number, (sample, end) in enumerate(zip(own, ends)):
+            next_repeat = next((at for at in found if sample.position <= at < end), sample.position)
+            out.append(replace(sample, position=next_repeat) if number % 2 == 0 else sample)
+    return out

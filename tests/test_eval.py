@@ -181,7 +181,7 @@ def test_the_whole_command(own, tmp_path, capsys):
     assert rows["dense"]["mean_kld"] == 0 < rows["stock-fa1"]["mean_kld"] < rows["hylra"]["mean_kld"]
     assert rows["hylra"]["sparse_steps"] > 0 == rows["stock-fa1"]["sparse_steps"] and rows["hylra"]["reads"] < 0.3
     assert all(row["n_tokens"] == 39 and row["n_questions"] == 4 and row["n_long"] == 1 and row["speedup"] for row in rows.values())
-    assert result["verdict"].startswith("hylra: loses") and "embed-policy" in result["next"]
+    assert "too wide" in result["verdict"] and "--docs 2 --questions 8" in result["next"]
     assert sorted(file.name for file in (tmp_path / "png").iterdir()) == ["frontier-600.png", "kld-depth.png", "needle-grid.png"]
     measured = read_policy(path).measured
     assert measured["kld_600"] == pytest.approx(rows["hylra"]["mean_kld"]) and len(measured["model_sha256"]) == 64
@@ -200,6 +200,21 @@ def test_errors_are_one_line(own, capsys, flags, words):
     assert main(["eval", str(own), *flags.split(), "--no-progress"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and words in err
+
+
+def test_an_interrupted_run_shows_what_is_done(own, capsys, monkeypatch):
+    examine, done = eval_command.Examiner.examine, []
+
+    def once(self, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(examine(self, *args))
+        return done[0]
+
+    monkeypatch.setattr(eval_command.Examiner, "examine", once)
+    assert main(["eval", str(own), *"-d 512 --docs 3 --questions 3 --following 0 --time 0 --arms hylra -t 1 -o json".split()]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"][1]["n_documents"] == 1 and "of the 1 documents that were done" in err
 
 
 def test_save_needs_a_policy(tiny, capsys):

@@ -70,7 +70,8 @@ def test_pareto(points, expected):
 
 
 def row(**fields) -> dict:
-    return {"n_depth": 8192, "arm": "hylra", "score_loss": 0.0, "ppl_ratio": 1.0, "captured_mass": [0.98, 0.7], "theta": 0.97, "top_k": 2048,
+    return {"n_depth": 8192, "arm": "hylra", "score_loss": 0.0, "score_loss_low": -0.5, "ppl_ratio": 1.0, "ppl_ratio_low": 0.999,
+            "captured_mass": [0.98, 0.7], "theta": 0.97, "top_k": 2048,
             "sparse_steps": 9, "verdict": OK, "n_documents": 8, "n_questions": 200, "min_context": 4096, **fields}
 
 
@@ -78,9 +79,10 @@ def row(**fields) -> dict:
     ({}, "ok, within 1 point", "hylra-gguf bench m.gguf -d 8192"),
     ({"verdict": OPEN}, "too wide", "hylra-gguf eval m.gguf -d 8192 --docs 16 --questions 400"),
     ({"sparse_steps": 0}, "never sparse", "hylra-gguf eval m.gguf -d 8192"),
-    ({"score_loss": 2.0, "captured_mass": [0.8, 0.2]}, "k too small", "hylra-gguf embed-policy m.gguf --top-k 4096"),
-    ({"ppl_ratio": 1.05, "theta": 0.8}, "theta too low", "hylra-gguf embed-policy m.gguf --theta 0.9"),
-    ({"ppl_ratio": 1.05}, "the profile does not match this text", "hylra-gguf embed-policy m.gguf -f TEXT --minutes 10"),
+    ({"score_loss": 2.0, "ppl_ratio": 1.02}, "ok, within", "hylra-gguf bench m.gguf -d 8192"),  # chance explains both
+    ({"score_loss": 2.0, "score_loss_low": 0.5, "captured_mass": [0.8, 0.2]}, "k too small", "hylra-gguf embed-policy m.gguf --top-k 4096"),
+    ({"ppl_ratio": 1.05, "ppl_ratio_low": 1.02, "theta": 0.8}, "theta too low", "hylra-gguf embed-policy m.gguf --theta 0.9"),
+    ({"ppl_ratio": 1.05, "ppl_ratio_low": 1.02}, "the profile does not match this text", "hylra-gguf embed-policy m.gguf -f TEXT --minutes 10"),
 ])
 def test_the_verdict_names_the_failure_and_what_to_do(fields, words, command):
     dense = row(arm="dense", score_loss=9.0)

@@ -84,6 +84,28 @@ def test_single_samples_of_several_texts_alternate():
     assert [s.heldout for s in samples.plan_samples(4, [8192], 4, 2048)] == [False, True, False, True]
 
 
+KEY, OTHER = list(range(20, 28)), [26, 27, 99]  # eight tokens, and the last two of them before something else
+
+
+@pytest.mark.parametrize("tokens, distance, expected", [
+    (KEY + [1] + OTHER + KEY + [1, 5], 10, [19]),  # the row of the last token of the second KEY
+    (KEY + [1] + OTHER + KEY + [1, 5], 13, []),  # too near
+    (KEY + [1] + OTHER + KEY + [2, 5], 10, []),  # goes on in another way
+    (KEY + [1, 7, 8, 9] + KEY + [1, 5], 10, []),  # two tokens tell as much as eight
+    (list(range(50)), 1, []),
+])
+def test_repeats_are_rows_that_look_something_up(tokens, distance, expected):
+    assert samples.repeats(tokens, distance) == expected
+
+
+def test_every_second_sample_moves_to_a_repeat():
+    tokens = list(range(1000, 1400))
+    tokens[100:109], tokens[150:153], tokens[252:261] = KEY + [1], OTHER, KEY + [1]
+    found = [samples.Sample(0, at, False) for at in (200, 220, 240, 300)]
+    assert [s.position for s in samples.at_repeats(found, [tokens], 50)] == [200, 220, 259, 300]
+    assert samples.at_repeats(found, [list(range(400))], 50) == found
+
+
 @pytest.mark.parametrize("n_tokens, sizes", [(1024, [512, 512]), (1060, [512, 512]), (1100, [512, 512, 76]), (300, [300])])
 def test_ubatches_leave_out_a_decode_sized_rest(n_tokens, sizes):
     assert [len(span) for span in ubatches(n_tokens)] == sizes
@@ -300,6 +322,16 @@ def test_calibration_text_is_long_enough_mixed_and_repeatable():
     assert texts.calibration_text(50_000)[0] == text
     assert "The \"assert\" statement" in text and "Command-line parsing library" in text[6000:9100]
     assert texts.calibration_text(20_000)[0] == text[:len(texts.calibration_text(20_000)[0])]
+
+
+def test_entries_are_repeated_word_for_word_after_others():
+    text, what = texts.lookup_text(50_000)
+    lines = [line for line in text.splitlines() if line.startswith("The entry for ")]
+    first = {line: lines.index(line) for line in lines}
+    again = [at - first[line] for at, line in enumerate(lines) if at > first[line]]
+    assert texts.lookup_text(50_000)[0] == text and what.endswith("with entries to look up")
+    assert len(again) > 100 and np.mean(np.array(again) >= 8) > 0.7 and max(again) <= 3 * texts.ENTRY_REACH * 2
+    assert len({line.split(" reads ")[0] for line in first}) == len(first)  # one value per key
 
 
 def test_calibration_text_gives_all_there_is():

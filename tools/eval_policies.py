@@ -34,11 +34,11 @@ def theta(profile: Profile) -> Policies:
 
 
 def default(profile: Profile) -> Policies:
-    """The default plan, and what reads more: more dense layers, more recent cells, more cells."""
+    """The default plan, and what could take its place: the low quantile of recall, more or fewer dense layers, other budgets."""
     plan = plan_policy(profile)
-    more = {f"dense{n}": plan_policy(profile, "count", count=n) for n in counts(profile, (10, 12, 15))}
-    return {"default": plan, **more, "default-k4096": replace(plan, top_k=4096), "default-k1024": replace(plan, top_k=1024),
-            "default-recent512": replace(plan, recent_tokens=512)}
+    other = {f"dense{n}": plan_policy(profile, "count", count=counts(profile, (n,))[0]) for n in (7, 12, 15)}
+    return {"default": plan, "low": plan_policy(profile, statistic="low"), **other, "default-k4096": replace(plan, top_k=4096),
+            "default-k1024": replace(plan, top_k=1024), "default-recent512": replace(plan, recent_tokens=512)}
 
 
 def counts(profile: Profile, wanted: tuple[int, ...]) -> list[int]:
