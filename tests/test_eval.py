@@ -169,8 +169,9 @@ def own(smollm2, tmp_path_factory):
     return path
 
 
-def test_the_whole_command(own, tmp_path, capsys):
+def test_the_whole_command(own, tmp_path, capsys, monkeypatch):
     """Every kind of arm; the numbers go into the file, and `show` prints them."""
+    monkeypatch.setattr(eval_arms, "MAX_ANSWER_TOKENS", 8)  # answers of a damaged model run on
     path = tmp_path / "m.gguf"
     shutil.copyfile(own, path)
     line = f"eval {path} -d 600 --docs 1 --questions 4 --following 40 --generate 4 --time 1 --arms stock-fa1,kv-q8_0,hylra --save -t 1"
@@ -212,6 +213,7 @@ def test_an_interrupted_run_shows_what_is_done(own, capsys, monkeypatch):
         return done[0]
 
     monkeypatch.setattr(eval_command.Examiner, "examine", once)
+    monkeypatch.setattr(eval_arms, "MAX_ANSWER_TOKENS", 8)
     assert main(["eval", str(own), *"-d 512 --docs 3 --questions 3 --following 0 --time 0 --arms hylra -t 1 -o json".split()]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"][1]["n_documents"] == 1 and "of the 1 documents that were done" in err
