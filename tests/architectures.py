@@ -1,7 +1,8 @@
 """Tiny models of many architectures with random weights: per architecture its metadata and tensors, as src/models/*.cpp asks for them.
 
-Tensors are lines `name SHAPE` in ggml's order (columns first), sizes by the letters below. A name without a point gets `.weight`,
-one that ends in a point no suffix. A layer is of a kind: a attention, w attention in a sliding window, r recurrent, t attention that is sparse by training.
+Tensors are lines `name SHAPE` in ggml's order (columns first), sizes by the letters below. A name that ends neither in `.bias` nor in a
+point gets `.weight`; the point is dropped. A layer is of a kind: a attention, w attention in a sliding window, r recurrent, t attention
+that is sparse by training.
 """
 
 from __future__ import annotations
@@ -116,18 +117,19 @@ ARCHITECTURES = {
                                        "expert_feed_forward_length": 96, "ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 16,
                                        "ssm.time_step_rank": 4, "ssm.group_count": 4},
                                        {"a": "attn_q E 256; attn_k E K; attn_v E K; attn_output Q E; " + QK_NORM, "r": DELTA}),
-    "falcon-h1 (attention beside Mamba)": Architecture("falcon-h1", "aaaa", "attn_norm E; ffn_norm. E; " + QKV + GATED + MAMBA2, {**SSM_KEYS, "ssm.group_count": 2}),
+    "falcon-h1 (attention beside Mamba)": Architecture("falcon-h1", "aaaa", "attn_norm E; ffn_norm. E; " + QKV + GATED + MAMBA2,
+                                                       {**SSM_KEYS, "ssm.group_count": 2}),
 }
 
 
-# Sparse by training: llama.cpp keeps kinds of caches for them that the engine must leave alone. A layer is of kind t.
+# Sparse by training: llama.cpp keeps kinds of caches for them that the engine must leave alone.
 TRAINED = {
     "deepseek32 (trained sparsity)": Architecture(
         "deepseek32", "tttt", MLA + "indexer.k_norm 128; indexer.k_norm.bias 128; indexer.proj E 64; indexer.attn_k E 128; indexer.attn_q_b R 8192; ",
         {**MLA_KEYS, "attention.indexer.head_count": 64, "attention.indexer.key_length": 128, "attention.indexer.top_k": 256},
         head_kv_count=1, sizes=MLA_SIZES),
 }
-# Layer counts and head shapes of large models, their width left small: 128 heads of MLA take 17 M weights a layer, so that model has few layers.
+# Layer counts and head shapes of large models, their width left small: 128 heads of MLA take 17 M weights a layer, so few layers there.
 LARGE = {
     "QwQ-32B: 64 layers, 40 heads and 8 KV heads of 128": Architecture(
         "llama", "a" * 64, NORMS + QKV + QKV_BIAS + GATED, {"embedding_length": 32, "attention.head_count": 40, "attention.head_count_kv": 8,

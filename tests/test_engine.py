@@ -12,8 +12,8 @@ from support import Session, full_like, policy, random_tokens, run_on_stock, wri
 
 from hylra_gguf import engine
 from hylra_gguf.errors import PolicyError
-from hylra_gguf.policy import Policy
 from hylra_gguf.gguf_header import write_policy
+from hylra_gguf.policy import Policy
 
 engine.activate()
 N_PAST, N_STEPS = 700, 6
@@ -233,6 +233,17 @@ def test_prefill_stays_dense(tiny):
         got = s.prefill(random_tokens(N_PAST))
         assert engine.status(s.ctx)["sparse_steps"] == 0
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("per_sequence, sparse", [((1,), 1), ((8,), 1), ((9,), 0), ((60,), 0), ((1, 8), 1), ((1, 16), 0), ((8, 8, 8), 1)])
+def test_a_step_has_up_to_eight_tokens_per_sequence_that_is_in_it(tiny, per_sequence, sparse):
+    """However many sequences there could be: more tokens are a piece of a prompt."""
+    with Session(tiny, n_ctx=4096, n_seq_max=8) as s:
+        for seq in range(len(per_sequence)):
+            s.prefill(random_tokens(N_PAST, seq), seq)
+        engine.set_policy(s.ctx, policy("SRRR"))
+        s.decode([(i, N_PAST + i, seq) for seq, n in enumerate(per_sequence) for i in range(n)])
+        assert engine.status(s.ctx)["sparse_steps"] == sparse
 
 
 def test_threads_do_not_change_the_result(tiny):

@@ -98,9 +98,17 @@ void hylra_layer_states(const llama_context * ctx, uint32_t * state, size_t n_la
 
 const char * hylra_layer_text(uint32_t state) {
     static const char * const TEXTS[] = {
-        "not known before a batch has run sparse", "served", "no attention over the KV cache", "sliding-window attention",
-        "sparse by training", "attention without a KV cache", "its KV cache lies on a device without HyLRA kernels",
-        "a head size, head count or mask that no kernel takes", "the batch needs too much memory", "its source layer was not served", "a kind of KV cache that the engine does not serve",
+        "not known before a batch has run sparse",
+        "served",
+        "no attention over the KV cache",
+        "sliding-window attention",
+        "sparse by training",
+        "attention without a KV cache",
+        "its KV cache lies on a device without HyLRA kernels",
+        "a head size, head count or mask that no kernel takes",
+        "the batch needs too much memory",
+        "its source layer was not served",
+        "a kind of KV cache that the engine does not serve",
     };
     return state < sizeof(TEXTS)/sizeof(*TEXTS) ? TEXTS[state] : "unknown";
 }

@@ -152,15 +152,15 @@ private:
     }
 };
 
-// Most tokens of one batch that still count as decode.
-static uint32_t max_decode_tokens(const llama_cparams & cparams) {
-    return std::min<uint32_t>(TOKENS_PER_SEQUENCE*cparams.n_seq_max, HYLRA_MAX_TOKENS);
+// Most tokens of this batch that still count as decode.
+static uint32_t max_decode_tokens(const llama_ubatch & ubatch) {
+    return std::min<uint32_t>(TOKENS_PER_SEQUENCE*ubatch.n_seqs_unq, HYLRA_MAX_TOKENS);
 }
 
 static void decide(llm_graph_input_hylra & input, const llm_graph_context & graph) {
     const llama_cparams & c = graph.cparams;
     // auto_fa: the probe for flash attention must see the stock node (llama_context::resolve_fused_ops)
-    const bool ours    = input.policy && c.causal_attn && !c.training && !c.auto_fa && graph.ubatch.n_tokens <= max_decode_tokens(c);
+    const bool ours    = input.policy && c.causal_attn && !c.training && !c.auto_fa && graph.ubatch.n_tokens <= max_decode_tokens(graph.ubatch);
     input.decode_sized = ours && input.cache;
     if (ours && !input.cache) {
         input.state.layer_states.assign(input.policy->layer_count, HYLRA_LAYER_MEMORY);
