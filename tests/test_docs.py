@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trust_tables
+from accuracy_tables import rendered
 from speed_tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,3 +32,9 @@ def test_trust_counts_the_tests_that_there_are():
 def test_trust_names_nothing_that_is_not_there(line):
     with pytest.raises((KeyError, OSError)):
         trust_tables.count_of(trust_tables.ROW.match(line)["shown"], trust_tables.Counter({"tests/test_docs.py": 3}))
+
+
+@pytest.mark.parametrize("path", [ROOT / "docs" / "accuracy.md", ROOT / "README.md"], ids=lambda path: path.stem)
+def test_tables_of_accuracy_are_the_committed_results(path):
+    text = path.read_text()
+    assert "<!-- losses: " in text and rendered(text) == text
