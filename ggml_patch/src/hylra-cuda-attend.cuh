@@ -174,32 +174,32 @@ static __device__ __forceinline__ float2 hylra_tile_weights(hylra_softmax & stat
     return make_float2(shrink[0], shrink[1]);
 }
 
-// out[wide][EMBD_V/16]: += V^T P^T
-template <int TYPE, int EMBD_V, int WIDE>
-static __device__ __forceinline__ void hylra_tile_output(const hylra_attn & a, const uint8_t * v, const int (&cell)[4], const uint32_t (&p)[WIDE][2], float (&out)[WIDE][EMBD_V/16][4]) {
+// A batch of V octets of the four cells whose rows a lane holds
+template <int TYPE, int BATCH>
+static __device__ __forceinline__ void hylra_load_v(const hylra_attn & a, const uint8_t * v, const int (&cell)[4], int first, uint4 (&rows)[BATCH][4]) {
     const int g = threadIdx.x%32/4, n_octet = a.n_embd_v/8;
-    constexpr int BATCH = EMBD_V <= 128 ? EMBD_V/64 : 2;
 #pragma unroll
-    for (int first = 0; first < EMBD_V/64; first += BATCH) {
-        uint4 rows[BATCH][4];
+    for (int b = 0; b < BATCH; ++b) {
 #pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                rows[b][i] = hylra_octet_of<TYPE>(v, a.v_nb[1], cell[i], (first + b)*8 + g, n_octet);
-            }
+        for (int i = 0; i < 4; ++i) {
+            rows[b][i] = hylra_octet_of<TYPE>(v, a.v_nb[1], cell[i], (first + b)*8 + g, n_octet);
         }
+    }
+}
+
+// out[wide][4*first ...]: += V^T P^T
+template <int EMBD_V, int WIDE, int BATCH>
+static __device__ __forceinline__ void hylra_add_v(const uint4 (&rows)[BATCH][4], int first, const uint32_t (&p)[WIDE][2], float (&out)[WIDE][EMBD_V/16][4]) {
 #pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-            const uint32_t * x[4] = { &rows[b][0].x, &rows[b][1].x, &rows[b][2].x, &rows[b][3].x };
+    for (int b = 0; b < BATCH; ++b) {
+        const uint32_t * x[4] = { &rows[b][0].x, &rows[b][1].x, &rows[b][2].x, &rows[b][3].x };
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const uint32_t a0 = __byte_perm(x[0][j], x[1][j], 0x5410), a1 = __byte_perm(x[0][j], x[1][j], 0x7632);
-                const uint32_t a2 = __byte_perm(x[2][j], x[3][j], 0x5410), a3 = __byte_perm(x[2][j], x[3][j], 0x7632);
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t a0 = __byte_perm(x[0][j], x[1][j], 0x5410), a1 = __byte_perm(x[0][j], x[1][j], 0x7632);
+            const uint32_t a2 = __byte_perm(x[2][j], x[3][j], 0x5410), a3 = __byte_perm(x[2][j], x[3][j], 0x7632);
 #pragma unroll
-                for (int w = 0; w < WIDE; ++w) {
-                    hylra_mma(out[w][(first + b)*4 + j], a0, a1, a2, a3, p[w][0], p[w][1]);
-                }
+            for (int w = 0; w < WIDE; ++w) {
+                hylra_mma(out[w][(first + b)*4 + j], a0, a1, a2, a3, p[w][0], p[w][1]);
             }
         }
     }
@@ -305,7 +305,9 @@ static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk,
 // grid: (blocks of columns * chunks, KV heads, streams or with lists streams * tokens)
 template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, bool LISTED, bool SPLIT>
 static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128 ? 3 : 2) hylra_attend_kernel(const __grid_constant__ hylra_cuda_job job) {
-    constexpr int Q_FRAGS = WIDE*EMBD_K; // of a warp (SPLIT) or of the block
+    constexpr int  Q_FRAGS = WIDE*EMBD_K; // of a warp (SPLIT) or of the block
+    constexpr int  V_BATCH = EMBD_V <= 128 ? EMBD_V/64 : 2;
+    constexpr bool V_EARLY = EMBD_V*WIDE <= 128; // V under way while K is computed: where registers allow
     __shared__ uint4  q_frags[SPLIT ? HYLRA_CUDA_WARPS*Q_FRAGS : Q_FRAGS];
     __shared__ float  merge[SPLIT ? 1 : HYLRA_CUDA_WARPS*8*(EMBD_V + 1)];
     __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
@@ -317,8 +319,6 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
     const int stream = LISTED ? blockIdx.z/a.n_tokens : blockIdx.z, token0 = LISTED ? blockIdx.z%a.n_tokens : 0;
     const int group0 = SPLIT ? block_column*HYLRA_CUDA_WARPS + warp : block_column*WIDE, column0 = group0*8;
 
-    uint4 * q = q_frags + (SPLIT ? warp*Q_FRAGS : 0);
-    hylra_stage_q<TYPE, EMBD_K, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q, SPLIT ? lane : threadIdx.x, SPLIT ? 32 : 32*HYLRA_CUDA_WARPS);
     hylra_column columns[WIDE][2];
     hylra_softmax state[WIDE];
     float out[WIDE][EMBD_V/16][4] = {};
@@ -331,7 +331,6 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
             state[w].sum[c] = 0.0f;
         }
     }
-    __syncthreads();
 
     const uint8_t * k = (const uint8_t *) a.k + head_kv*a.k_nb[2] + stream*a.k_nb[3];
     const uint8_t * v = (const uint8_t *) a.v + head_kv*a.v_nb[2] + stream*a.v_nb[3];
@@ -342,6 +341,9 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
     int first = chunk*p.chunk_cells + (SPLIT ? 0 : warp*HYLRA_CUDA_TILE);
 
     hylra_tile<WIDE> next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first, end);
+    uint4 * q = q_frags + (SPLIT ? warp*Q_FRAGS : 0);
+    hylra_stage_q<TYPE, EMBD_K, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q, SPLIT ? lane : threadIdx.x, SPLIT ? 32 : 32*HYLRA_CUDA_WARPS);
+    __syncthreads();
     for (; first < end; first += step) {
         hylra_tile<WIDE> tile = next;
         next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first + step, end); // its mask arrives while this tile is computed
@@ -352,6 +354,10 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
                                 __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t + 4) };
         float s[WIDE][4];
         uint32_t weights[WIDE][2], p_frags[WIDE][2];
+        uint4 rows[V_BATCH][4];
+        if (V_EARLY) {
+            hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, 0, rows);
+        }
         hylra_tile_logits<TYPE, EMBD_K, WIDE>(a, k, tile, q, s);
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
@@ -371,7 +377,13 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
                 p_frags[w][i] = hylra_transpose(weights[w][i]);
             }
         }
-        hylra_tile_output<TYPE, EMBD_V, WIDE>(a, v, v_cell, p_frags, out);
+#pragma unroll
+        for (int octets = 0; octets < EMBD_V/64; octets += V_BATCH) {
+            if (!V_EARLY || octets > 0) {
+                hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, octets, rows);
+            }
+            hylra_add_v<EMBD_V, WIDE, V_BATCH>(rows, octets, p_frags, out);
+        }
         if (!LISTED && job.select_lists) {
 #pragma unroll
             for (int w = 0; w < WIDE; ++w) {

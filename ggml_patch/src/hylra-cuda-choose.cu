@@ -6,6 +6,7 @@
 
 constexpr int THREADS    = 1024;
 constexpr int CANDIDATES = 1024; // one per thread
+constexpr int SCORE_LEVELS = 4;   // first digit and the bits of the score
 
 struct item { uint64_t key; int weight; }; // weight: cells; negative: cannot be chosen
 
@@ -27,8 +28,8 @@ static __device__ item item_at(const float * scores, int n_kv, int block_size, i
 }
 
 struct narrowing { // shared by the block
-    uint64_t prefix;
-    int level, room, n_in_bin, digit;
+    hylra_radix_bound bound;
+    int room, n_in_bin, digit;
     bool all;
 };
 
@@ -71,7 +72,7 @@ static __device__ int block_prefix(int x, int * shared) {
 
 // Enters the bin that the room ends in. weights, counts: [n_bin], counted from the top.
 static __device__ void enter_bin(const int * weights, const int * counts, narrowing & state, int * shared) {
-    const int n_bin = hylra_radix_bins(state.level), per_thread = n_bin > THREADS ? 2 : 1;
+    const int n_bin = hylra_radix_bins(state.bound.n_level), per_thread = n_bin > THREADS ? 2 : 1;
     const int top = n_bin - 1 - int(threadIdx.x)*per_thread; // this thread's first bin
     int mine = 0;
     for (int i = 0; i < per_thread && top - i >= 0; ++i) {
@@ -95,64 +96,110 @@ static __device__ void enter_bin(const int * weights, const int * counts, narrow
     __syncthreads();
 }
 
+constexpr int IN_FLIGHT       = 8; // scores that a thread waits for together
+constexpr int QUADS_IN_FLIGHT = 4;
+
+// visit(index, item) for all items, by all threads together: items beyond the last cannot be chosen
+template <typename F> static __device__ void for_each_item(const float * scores, int n_kv, int block_size, int n_item, const F & visit) {
+    if (block_size > 1) {
+        for (int index = threadIdx.x; index - int(threadIdx.x) < n_item; index += THREADS) {
+            visit(index, index < n_item ? item_at(scores, n_kv, block_size, index) : item{ 0, -1 });
+        }
+        return;
+    }
+    for (int first = threadIdx.x; first - int(threadIdx.x) < n_item; first += IN_FLIGHT*THREADS) {
+        float s[IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            s[i] = first + i*THREADS < n_item ? scores[first + i*THREADS] : HYLRA_SCORE_HIDDEN;
+        }
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; ++i) {
+            visit(first + i*THREADS, { hylra_radix_key(fmaxf(s[i], 0.0f), first + i*THREADS), s[i] >= 0.0f ? 1 : -1 });
+        }
+    }
+}
+
 static __device__ void count_digits(const float * scores, int n_kv, int block_size, int n_item, const narrowing & state, int * weights, int * counts) {
     for (int i = threadIdx.x; i < HYLRA_CUDA_BINS; i += THREADS) {
         weights[i] = counts[i] = 0;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < n_item; i += THREADS) {
-        const item it = item_at(scores, n_kv, block_size, i);
-        if (it.weight >= 0 && hylra_radix_prefix(it.key, state.level) == state.prefix) {
-            atomicAdd(&weights[hylra_radix_digit(it.key, state.level)], it.weight);
-            atomicAdd(&counts[hylra_radix_digit(it.key, state.level)], 1);
+    const hylra_radix_bound bound = state.bound;
+    for_each_item(scores, n_kv, block_size, n_item, [&](int, const item & it) {
+        if (it.weight >= 0 && hylra_radix_compare(it.key, bound) == 0) {
+            atomicAdd(&weights[hylra_radix_digit(it.key, bound.n_level)], it.weight);
+            atomicAdd(&counts[hylra_radix_digit(it.key, bound.n_level)], 1);
         }
-    }
+    });
     __syncthreads();
 }
 
-// Sets the bits of chosen items: those above the last bin, and of the bin as many as there is room for.
-static __device__ void sort_out(const item & it, bool exists, int index, const narrowing & state, uint32_t * bits, item * candidates, int * n_candidate) {
-    const uint64_t prefix = hylra_radix_prefix(it.key, state.level + 1);
-    const bool chosen = it.weight >= 0 && (state.all || prefix > state.prefix);
-    const unsigned mask = __ballot_sync(0xFFFFFFFFu, chosen);
-    if (threadIdx.x%32 == 0 && exists) {
-        bits[index/32] = mask;
-    }
-    if (it.weight >= 0 && !state.all && prefix == state.prefix && state.room > 0) {
-        candidates[atomicAdd(n_candidate, 1)] = it;
-    }
-}
-
-constexpr int IN_FLIGHT = 8; // scores that a thread waits for together
-
+// Sets the bits of chosen items: those above the bound, and of those at it as many as there is room for.
 static __device__ void choose_items(const float * scores, int n_kv, int block_size, int n_item, const narrowing & state,
                                     uint32_t * bits, item * candidates, int * n_candidate) {
-    if (block_size <= 1) {
-        for (int first = threadIdx.x; first - int(threadIdx.x) < n_item; first += IN_FLIGHT*THREADS) {
-            float s[IN_FLIGHT];
-#pragma unroll
-            for (int i = 0; i < IN_FLIGHT; ++i) {
-                s[i] = first + i*THREADS < n_item ? scores[first + i*THREADS] : HYLRA_SCORE_HIDDEN;
-            }
-#pragma unroll
-            for (int i = 0; i < IN_FLIGHT; ++i) {
-                const int index = first + i*THREADS;
-                sort_out({ hylra_radix_key(fmaxf(s[i], 0.0f), index), s[i] >= 0.0f ? 1 : -1 }, index < n_item, index, state, bits, candidates, n_candidate);
-            }
+    const hylra_radix_bound bound = state.bound;
+    const bool all = state.all, has_room = state.room > 0;
+    for_each_item(scores, n_kv, block_size, n_item, [&](int index, const item & it) {
+        const int order = all ? 1 : hylra_radix_compare(it.key, bound);
+        const unsigned chosen = __ballot_sync(0xFFFFFFFFu, it.weight >= 0 && order > 0);
+        if (threadIdx.x%32 == 0 && index < n_item) {
+            bits[index/32] = chosen;
         }
-    } else {
-        for (int index = threadIdx.x; index - int(threadIdx.x) < n_item; index += THREADS) {
-            sort_out(index < n_item ? item_at(scores, n_kv, block_size, index) : item{ 0, -1 }, index < n_item, index, state, bits, candidates, n_candidate);
+        if (it.weight >= 0 && order == 0 && has_room) {
+            candidates[atomicAdd(n_candidate, 1)] = it;
+        }
+    });
+}
+
+// The same for cells while scores alone decide, four at a time: two lanes make a byte of bits.
+static __device__ void choose_cells(const float * scores, int n_kv, const hylra_radix_bound & bound, bool has_room, uint32_t * bits,
+                                    item * candidates, int * n_candidate) {
+    int low, high;
+    hylra_radix_interval(bound, &low, &high);
+    low = has_room ? low : high;
+    const int4 none = make_int4(-1, -1, -1, -1); // negative like a hidden cell's score
+    for (int first = threadIdx.x; first - int(threadIdx.x) < n_kv/4; first += QUADS_IN_FLIGHT*THREADS) {
+        int4 quads[QUADS_IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < QUADS_IN_FLIGHT; ++i) {
+            const int at = first + i*THREADS;
+            quads[i] = at < n_kv/4 ? __ldg((const int4 *) scores + at) : none;
+        }
+#pragma unroll
+        for (int i = 0; i < QUADS_IN_FLIGHT; ++i) {
+            const int at = first + i*THREADS, s[4] = { quads[i].x, quads[i].y, quads[i].z, quads[i].w };
+            unsigned nibble = 0;
+            bool some = false;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                nibble |= s[j] >= high ? 1u << j : 0u;
+                some = some || (s[j] >= low && s[j] < high);
+            }
+            const unsigned neighbour = __shfl_xor_sync(0xFFFFFFFFu, nibble, 1);
+            if (threadIdx.x%2 == 0 && at < n_kv/4) {
+                ((uint8_t *) bits)[at/2] = uint8_t(nibble | neighbour << 4);
+            }
+            for (int j = 0; some && j < 4; ++j) {
+                if (s[j] >= low && s[j] < high) {
+                    candidates[atomicAdd(n_candidate, 1)] = { hylra_radix_key(__int_as_float(s[j]), 4*at + j), 1 };
+                }
+            }
         }
     }
+}
+
+// Of the candidates, those that fit into the room in the order of their keys
+static __device__ void choose_candidates(const item * candidates, int n, int room, uint32_t * bits) {
     __syncthreads();
-    if (int(threadIdx.x) < *n_candidate) {
+    if (int(threadIdx.x) < n) {
         const item mine = candidates[threadIdx.x];
         int before = 0;
-        for (int i = 0; i < *n_candidate; ++i) {
+#pragma unroll 8
+        for (int i = 0; i < n; ++i) {
             before += candidates[i].key > mine.key ? candidates[i].weight : 0;
         }
-        if (before + mine.weight <= state.room) {
+        if (before + mine.weight <= room) {
             const int index = int(0xFFFFFFFFu - uint32_t(mine.key));
             atomicOr(&bits[index/32], 1u << index%32);
         }
@@ -243,8 +290,7 @@ static __device__ void narrow_down(const float * scores, const int32_t * first_b
         const bool done = state.all || state.room <= 0 || state.n_in_bin <= CANDIDATES;
         __syncthreads();
         if (threadIdx.x == 0 && !state.all) {
-            state.prefix = hylra_radix_extend(state.prefix, level, state.digit);
-            state.level  = level + !done;
+            state.bound = hylra_radix_enter(state.bound, state.digit);
         }
         __syncthreads();
         if (done) {
@@ -265,12 +311,18 @@ static __global__ void __launch_bounds__(THREADS) choose_kernel(const float * sc
     cells  += size_t(row)*top_k;
     const int room = block_size > 1 ? max(0, top_k - count_forced(scores, n_kv, sums)) : top_k;
     if (threadIdx.x == 0) {
-        state = { 0, 0, room, 0, 0, false };
+        state = { {}, room, 0, 0, false };
         n_candidate = 0;
     }
     __syncthreads();
     narrow_down(scores, first_bins + size_t(row)*HYLRA_CUDA_BINS, n_kv, block_size, n_item, state, weights, counts, sums);
-    choose_items(scores, n_kv, block_size, n_item, state, bits, shared.candidates, &n_candidate);
+    if (block_size <= 1 && n_kv%32 == 0 && !state.all && state.bound.n_level <= SCORE_LEVELS) {
+        choose_cells(scores, n_kv, state.bound, state.room > 0, bits, shared.candidates, &n_candidate);
+    } else {
+        choose_items(scores, n_kv, block_size, n_item, state, bits, shared.candidates, &n_candidate);
+    }
+    __syncthreads();
+    choose_candidates(shared.candidates, n_candidate, state.room, bits);
     const int n = write_list(scores, n_kv, block_size, bits, top_k, cells, sums);
     if (meters) {
         add_mass(scores, cells, n, meters[row], (float *) sums);

@@ -10,7 +10,8 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 // ---- reduce: one block per head and token
 
-constexpr int REDUCE_THREADS = 128;
+constexpr int REDUCE_THREADS = 512;
+constexpr int REDUCE_DIMS    = 128; // that are summed side by side; the other threads take other chunks
 
 // [n_chunk] what the outputs of each chunk are multiplied by; also writes the total for pool
 static __device__ void chunk_factors(const hylra_cuda_job & job, int row, float * factors) {
@@ -41,10 +42,25 @@ static __device__ void chunk_factors(const hylra_cuda_job & job, int row, float 
     }
 }
 
+constexpr int REDUCE_LANES = REDUCE_THREADS/REDUCE_DIMS, REDUCE_PARTS = HYLRA_CUDA_MAX_CHUNKS/REDUCE_LANES;
+
+// One dimension of every REDUCE_LANES-th chunk from `first` on
+static __device__ __forceinline__ void load_parts(const float * parts, int n_embd_v, int n_chunk, int first, int d, float (&x)[REDUCE_PARTS]) {
+#pragma unroll
+    for (int i = 0; i < REDUCE_PARTS; ++i) {
+        const int chunk = min(first + i*REDUCE_LANES, n_chunk - 1);
+        x[i] = parts[size_t(chunk)*n_embd_v + min(d, n_embd_v - 1)];
+    }
+}
+
 static __global__ void __launch_bounds__(REDUCE_THREADS) reduce_kernel(const __grid_constant__ hylra_cuda_job job, float * out) {
     __shared__ float factors[HYLRA_CUDA_MAX_CHUNKS];
     const hylra_attn & a = job.attn;
     const int row = blockIdx.x, n_chunk = job.plan.n_chunk;
+    const float * parts = (const float *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*a.n_embd_v;
+    const int lane = threadIdx.x%REDUCE_DIMS, first = threadIdx.x/REDUCE_DIMS;
+    float x[REDUCE_PARTS];
+    load_parts(parts, a.n_embd_v, n_chunk, first, lane, x); // on their way while the factors are computed
     if (threadIdx.x < 32) {
         chunk_factors(job, row, factors);
     }
@@ -54,14 +70,22 @@ static __global__ void __launch_bounds__(REDUCE_THREADS) reduce_kernel(const __g
         bins[i] = 0;
     }
     __syncthreads();
-    const float * parts = (const float *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*a.n_embd_v;
-    for (int d = threadIdx.x; d < a.n_embd_v; d += REDUCE_THREADS) {
-        float x = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < n_chunk; ++i) {
-            x += factors[i] == 0.0f ? 0.0f : factors[i]*parts[size_t(i)*a.n_embd_v + d];
+    __shared__ float sums[REDUCE_THREADS];
+    for (int begin = 0; begin < a.n_embd_v; begin += REDUCE_DIMS) {
+        if (begin > 0) {
+            load_parts(parts, a.n_embd_v, n_chunk, first, begin + lane, x);
         }
-        out[size_t(row)*a.n_embd_v + d] = x;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < REDUCE_PARTS; ++i) {
+            sum += first + i*REDUCE_LANES < n_chunk ? factors[first + i*REDUCE_LANES]*x[i] : 0.0f;
+        }
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        if (first == 0 && begin + lane < a.n_embd_v) {
+            out[size_t(row)*a.n_embd_v + begin + lane] = (sums[lane] + sums[lane + REDUCE_DIMS]) + (sums[lane + 2*REDUCE_DIMS] + sums[lane + 3*REDUCE_DIMS]);
+        }
+        __syncthreads();
     }
 }
 
@@ -72,66 +96,97 @@ void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t str
 
 // ---- pool: one block per part of the cells, list and token
 
-constexpr int POOL_THREADS = 256;
-constexpr int POOL_CELLS   = 2048;
+constexpr int POOL_THREADS = 512;
+constexpr int POOL_STEPS   = 4;
+constexpr int POOL_CELLS   = POOL_STEPS*POOL_THREADS;
 
 static __device__ bool is_hidden(const hylra_attn & a, int stream, int token, int cell) {
     const char * row = (const char *) a.mask + token*a.mask_nb[1] + stream*a.mask_nb[3];
     return a.mask && ((const uint16_t *) row)[cell] == 0xFC00;
 }
 
-// Sum over the heads of a list. column0: of the token's first head in the group of columns of a KV head
-static __device__ float pooled(const hylra_cuda_job & job, int stream, int token, int list, int cell) {
+// What the weights of a tile and column are multiplied by: factors[tiles of the part][8]
+static __device__ void pool_factors(const hylra_cuda_job & job, int stream, int token, int head_kv, size_t at, int group, int begin, float (*factors)[8]) {
+    const hylra_attn & a = job.attn;
+    const int heads = a.n_head/a.n_head_kv, n_tile = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE), n_pooled = a.n_head/job.select_lists;
+    const float2 * totals = (const float2 *) (job.scratch + job.layout.totals) + (size_t(stream)*a.n_tokens + token)*a.n_head + head_kv*heads;
+    const float  * peaks  = (const float *) (job.scratch + job.layout.peaks) + (at*n_tile + begin/HYLRA_CUDA_TILE)*8;
+    const int n = min(POOL_CELLS/HYLRA_CUDA_TILE, n_tile - begin/HYLRA_CUDA_TILE)*8;
+    for (int i = threadIdx.x; i < n; i += POOL_THREADS) {
+        const int head = group*8 + i%8 - token*heads; // the token's first head is column token*heads
+        const bool mine = head >= 0 && head < heads;
+        const float2 total = totals[mine ? head : 0];
+        factors[i/8][i%8] = mine ? exp2f(peaks[i] - total.x)*total.y/n_pooled : 0.0f;
+    }
+}
+
+static __device__ __forceinline__ float weighted(uint4 packed, const float * factors) {
+    const float4 lo = ((const float4 *) factors)[0], hi = ((const float4 *) factors)[1];
+    const half2 * w = (const half2 *) &packed;
+    const float2 a = __half22float2(w[0]), b = __half22float2(w[1]), c = __half22float2(w[2]), d = __half22float2(w[3]);
+    return (a.x*lo.x + a.y*lo.y) + (b.x*lo.z + b.y*lo.w) + (c.x*hi.x + c.y*hi.y) + (d.x*hi.z + d.y*hi.w);
+}
+
+// Mean over the heads of a list, of the cells begin + thread + i*POOL_THREADS; of a hidden cell: anything
+static __device__ void pool_cells(const hylra_cuda_job & job, int stream, int token, int list, int begin, float (*factors)[8], float (&sums)[POOL_STEPS]) {
     const hylra_attn & a = job.attn;
     const int heads = a.n_head/a.n_head_kv, kv_per_list = a.n_head_kv/job.select_lists, column0 = token*heads;
-    const int n_tile = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE);
-    const float2 * totals = (const float2 *) (job.scratch + job.layout.totals) + (size_t(stream)*a.n_tokens + token)*a.n_head;
-    float sum = 0.0f;
     for (int head_kv = list*kv_per_list; head_kv < (list + 1)*kv_per_list; ++head_kv) {
         for (int group = column0/8; group <= (column0 + heads - 1)/8; ++group) {
             const size_t at = (size_t(stream)*a.n_head_kv + head_kv)*job.plan.n_group + group;
-            const half  * weights = (const half *) (job.scratch + job.layout.weights) + (at*a.n_kv + cell)*8;
-            const float * peaks   = (const float *) (job.scratch + job.layout.peaks) + (at*n_tile + cell/HYLRA_CUDA_TILE)*8;
-            const uint4 packed = *(const uint4 *) weights;
-            const half * w = (const half *) &packed;
+            const uint4 * weights = (const uint4 *) (job.scratch + job.layout.weights) + at*a.n_kv;
+            uint4 w[POOL_STEPS];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int head = group*8 + i - column0;
-                if (head >= 0 && head < heads) {
-                    const float2 total = totals[head_kv*heads + head];
-                    sum += __half2float(w[i])*exp2f(peaks[i] - total.x)*total.y;
-                }
+            for (int i = 0; i < POOL_STEPS; ++i) {
+                w[i] = weights[min(begin + i*POOL_THREADS + int(threadIdx.x), a.n_kv - 1)];
+            }
+            __syncthreads();
+            pool_factors(job, stream, token, head_kv, at, group, begin, factors);
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < POOL_STEPS; ++i) {
+                sums[i] += weighted(w[i], factors[(i*POOL_THREADS + threadIdx.x)/HYLRA_CUDA_TILE]);
             }
         }
     }
-    return sum/(kv_per_list*heads);
 }
 
 static __global__ void __launch_bounds__(POOL_THREADS) pool_kernel(const __grid_constant__ hylra_cuda_job job, const int32_t * forced, int n_forced, float * scores) {
     __shared__ float   part[POOL_CELLS];
     __shared__ int32_t bins[HYLRA_CUDA_BINS];
+    __shared__ uint32_t marks[POOL_CELLS/32]; // forced cells
+    __shared__ __align__(16) float factors[POOL_CELLS/HYLRA_CUDA_TILE][8];
     const hylra_attn & a = job.attn;
     const int row = blockIdx.y, list = row%job.select_lists, column = row/job.select_lists; // column: token of the batch
     const int begin = blockIdx.x*POOL_CELLS, n = min(POOL_CELLS, a.n_kv - begin);
     for (int i = threadIdx.x; i < HYLRA_CUDA_BINS; i += POOL_THREADS) {
         bins[i] = 0;
     }
-    for (int i = threadIdx.x; i < n; i += POOL_THREADS) {
-        const int stream = column/a.n_tokens, token = column%a.n_tokens;
-        part[i] = is_hidden(a, stream, token, begin + i) ? HYLRA_SCORE_HIDDEN : pooled(job, stream, token, list, begin + i);
+    if (threadIdx.x < POOL_CELLS/32) {
+        marks[threadIdx.x] = 0;
+    }
+    const int stream = column/a.n_tokens, token = column%a.n_tokens;
+    float sums[POOL_STEPS] = {};
+    pool_cells(job, stream, token, list, begin, factors, sums);
+#pragma unroll
+    for (int i = 0; i < POOL_STEPS; ++i) {
+        const int at = i*POOL_THREADS + threadIdx.x;
+        part[at] = is_hidden(a, stream, token, min(begin + at, a.n_kv - 1)) ? HYLRA_SCORE_HIDDEN : sums[i];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n_forced; i += POOL_THREADS) {
         const int at = forced[size_t(column)*n_forced + i] - begin;
-        if (at >= 0 && at < n && part[at] >= 0.0f && part[at] < HYLRA_SCORE_FORCED) {
-            part[at] += HYLRA_SCORE_FORCED; // a cell that is forced twice: both threads write the same value
+        if (at >= 0 && at < n) {
+            atomicOr(&marks[at/32], 1u << at%32); // a cell may be forced twice
         }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += POOL_THREADS) {
-        scores[size_t(row)*a.n_kv + begin + i] = part[i];
-        if (part[i] >= 0.0f) {
-            atomicAdd(&bins[hylra_radix_digit(hylra_radix_key(part[i], 0), 0)], 1);
+        const bool marked = marks[i/32] >> i%32 & 1;
+        const float score = part[i] >= 0.0f && marked ? part[i] + HYLRA_SCORE_FORCED : part[i];
+        scores[size_t(row)*a.n_kv + begin + i] = score;
+        if (score >= 0.0f) {
+            atomicAdd(&bins[hylra_radix_digit(hylra_radix_key(score, 0), 0)], 1);
         }
     }
     __syncthreads();

@@ -27,13 +27,13 @@ std::vector<item> items_of(const float * scores, int n_kv, int block_size) {
     return items;
 }
 
-// The smallest key that is chosen: all from there up fit into `room`.
-uint64_t threshold(const std::vector<item> & items, int room) {
-    uint64_t prefix = 0;
+// Items that compare greater are chosen; in the end the bound is the one key that does not fit, or admits all.
+hylra_radix_bound last_bound(const std::vector<item> & items, int room, bool & all) {
+    hylra_radix_bound bound = {};
     for (int level = 0; level < HYLRA_RADIX_LEVELS; ++level) {
         std::vector<int> weights(hylra_radix_bins(level), 0);
         for (const item & it : items) {
-            if (hylra_radix_prefix(it.key, level) == prefix) {
+            if (hylra_radix_compare(it.key, bound) == 0) {
                 weights[hylra_radix_digit(it.key, level)] += it.weight;
             }
         }
@@ -41,12 +41,13 @@ uint64_t threshold(const std::vector<item> & items, int room) {
         while (bin >= 0 && weights[bin] <= room) {
             room -= weights[bin--];
         }
-        if (bin < 0) {
-            return 0; // there is room for all: level 0 only
+        all = bin < 0; // on the first level, or never
+        if (all) {
+            break;
         }
-        prefix = hylra_radix_extend(prefix, level, bin);
+        bound = hylra_radix_enter(bound, bin);
     }
-    return prefix + 1; // the item that does not fit is left out
+    return bound;
 }
 
 } // namespace
@@ -58,11 +59,12 @@ int hylra_choose_radix(const float * scores, int n_kv, int top_k, int block_size
         room -= scores[cell] >= HYLRA_SCORE_FORCED;
     }
     const std::vector<item> items = items_of(scores, n_kv, block_size);
-    const uint64_t least = threshold(items, std::max(room, 0));
+    bool all = false;
+    const hylra_radix_bound bound = last_bound(items, std::max(room, 0), all);
     std::vector<char> chosen(n_kv, 0);
     for (const item & it : items) {
         const int first = int(0xFFFFFFFFu - uint32_t(it.key))*block_size;
-        std::fill(chosen.begin() + first, chosen.begin() + std::min(first + block_size, n_kv), char(it.key >= least));
+        std::fill(chosen.begin() + first, chosen.begin() + std::min(first + block_size, n_kv), char(all || hylra_radix_compare(it.key, bound) > 0));
     }
     int n = 0;
     for (int cell = 0; cell < n_kv; ++cell) {
