@@ -96,9 +96,9 @@ void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t str
 
 // ---- pool: one block per part of the cells, list and token
 
-constexpr int POOL_THREADS = 512;
-constexpr int POOL_STEPS   = 4;
-constexpr int POOL_CELLS   = POOL_STEPS*POOL_THREADS;
+constexpr int POOL_THREADS   = 512;
+constexpr int POOL_STEPS     = 4;   // cells per thread, if that leaves enough blocks
+constexpr int POOL_MIN_BLOCKS = 128;
 
 static __device__ bool is_hidden(const hylra_attn & a, int stream, int token, int cell) {
     const char * row = (const char *) a.mask + token*a.mask_nb[1] + stream*a.mask_nb[3];
@@ -106,12 +106,12 @@ static __device__ bool is_hidden(const hylra_attn & a, int stream, int token, in
 }
 
 // What the weights of a tile and column are multiplied by: factors[tiles of the part][8]
-static __device__ void pool_factors(const hylra_cuda_job & job, int stream, int token, int head_kv, size_t at, int group, int begin, float (*factors)[8]) {
+static __device__ void pool_factors(const hylra_cuda_job & job, int stream, int token, int head_kv, size_t at, int group, int begin, int n_cell, float (*factors)[8]) {
     const hylra_attn & a = job.attn;
     const int heads = a.n_head/a.n_head_kv, n_tile = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE), n_pooled = a.n_head/job.select_lists;
     const float2 * totals = (const float2 *) (job.scratch + job.layout.totals) + (size_t(stream)*a.n_tokens + token)*a.n_head + head_kv*heads;
     const float  * peaks  = (const float *) (job.scratch + job.layout.peaks) + (at*n_tile + begin/HYLRA_CUDA_TILE)*8;
-    const int n = min(POOL_CELLS/HYLRA_CUDA_TILE, n_tile - begin/HYLRA_CUDA_TILE)*8;
+    const int n = min(n_cell/HYLRA_CUDA_TILE, n_tile - begin/HYLRA_CUDA_TILE)*8;
     for (int i = threadIdx.x; i < n; i += POOL_THREADS) {
         const int head = group*8 + i%8 - token*heads; // the token's first head is column token*heads
         const bool mine = head >= 0 && head < heads;
@@ -128,48 +128,50 @@ static __device__ __forceinline__ float weighted(uint4 packed, const float * fac
 }
 
 // Mean over the heads of a list, of the cells begin + thread + i*POOL_THREADS; of a hidden cell: anything
-static __device__ void pool_cells(const hylra_cuda_job & job, int stream, int token, int list, int begin, float (*factors)[8], float (&sums)[POOL_STEPS]) {
+template <int STEPS>
+static __device__ void pool_cells(const hylra_cuda_job & job, int stream, int token, int list, int begin, float (*factors)[8], float (&sums)[STEPS]) {
     const hylra_attn & a = job.attn;
     const int heads = a.n_head/a.n_head_kv, kv_per_list = a.n_head_kv/job.select_lists, column0 = token*heads;
     for (int head_kv = list*kv_per_list; head_kv < (list + 1)*kv_per_list; ++head_kv) {
         for (int group = column0/8; group <= (column0 + heads - 1)/8; ++group) {
             const size_t at = (size_t(stream)*a.n_head_kv + head_kv)*job.plan.n_group + group;
             const uint4 * weights = (const uint4 *) (job.scratch + job.layout.weights) + at*a.n_kv;
-            uint4 w[POOL_STEPS];
+            uint4 w[STEPS];
 #pragma unroll
-            for (int i = 0; i < POOL_STEPS; ++i) {
+            for (int i = 0; i < STEPS; ++i) {
                 w[i] = weights[min(begin + i*POOL_THREADS + int(threadIdx.x), a.n_kv - 1)];
             }
             __syncthreads();
-            pool_factors(job, stream, token, head_kv, at, group, begin, factors);
+            pool_factors(job, stream, token, head_kv, at, group, begin, STEPS*POOL_THREADS, factors);
             __syncthreads();
 #pragma unroll
-            for (int i = 0; i < POOL_STEPS; ++i) {
+            for (int i = 0; i < STEPS; ++i) {
                 sums[i] += weighted(w[i], factors[(i*POOL_THREADS + threadIdx.x)/HYLRA_CUDA_TILE]);
             }
         }
     }
 }
 
-static __global__ void __launch_bounds__(POOL_THREADS) pool_kernel(const __grid_constant__ hylra_cuda_job job, const int32_t * forced, int n_forced, float * scores) {
-    __shared__ float   part[POOL_CELLS];
+template <int STEPS> static __global__ void __launch_bounds__(POOL_THREADS) pool_kernel(const __grid_constant__ hylra_cuda_job job, const int32_t * forced, int n_forced, float * scores) {
+    constexpr int CELLS = STEPS*POOL_THREADS;
+    __shared__ float   part[CELLS];
     __shared__ int32_t bins[HYLRA_CUDA_BINS];
-    __shared__ uint32_t marks[POOL_CELLS/32]; // forced cells
-    __shared__ __align__(16) float factors[POOL_CELLS/HYLRA_CUDA_TILE][8];
+    __shared__ uint32_t marks[CELLS/32]; // forced cells
+    __shared__ __align__(16) float factors[CELLS/HYLRA_CUDA_TILE][8];
     const hylra_attn & a = job.attn;
     const int row = blockIdx.y, list = row%job.select_lists, column = row/job.select_lists; // column: token of the batch
-    const int begin = blockIdx.x*POOL_CELLS, n = min(POOL_CELLS, a.n_kv - begin);
+    const int begin = blockIdx.x*CELLS, n = min(CELLS, a.n_kv - begin);
     for (int i = threadIdx.x; i < HYLRA_CUDA_BINS; i += POOL_THREADS) {
         bins[i] = 0;
     }
-    if (threadIdx.x < POOL_CELLS/32) {
+    if (threadIdx.x < CELLS/32) {
         marks[threadIdx.x] = 0;
     }
     const int stream = column/a.n_tokens, token = column%a.n_tokens;
-    float sums[POOL_STEPS] = {};
-    pool_cells(job, stream, token, list, begin, factors, sums);
+    float sums[STEPS] = {};
+    pool_cells<STEPS>(job, stream, token, list, begin, factors, sums);
 #pragma unroll
-    for (int i = 0; i < POOL_STEPS; ++i) {
+    for (int i = 0; i < STEPS; ++i) {
         const int at = i*POOL_THREADS + threadIdx.x;
         part[at] = is_hidden(a, stream, token, min(begin + at, a.n_kv - 1)) ? HYLRA_SCORE_HIDDEN : sums[i];
     }
@@ -200,6 +202,10 @@ static __global__ void __launch_bounds__(POOL_THREADS) pool_kernel(const __grid_
 
 void hylra_cuda_pool(const hylra_cuda_job & job, const int32_t * forced, int n_forced, float * scores, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
-    const dim3 grid(hylra_ceil_div(a.n_kv, POOL_CELLS), job.select_lists*a.n_tokens*a.n_stream);
-    pool_kernel<<<grid, POOL_THREADS, 0, stream>>>(job, forced, n_forced, scores);
+    const int n_row = job.select_lists*a.n_tokens*a.n_stream, n_part = hylra_ceil_div(a.n_kv, POOL_STEPS*POOL_THREADS);
+    if (n_part*n_row >= POOL_MIN_BLOCKS) {
+        pool_kernel<POOL_STEPS><<<dim3(n_part, n_row), POOL_THREADS, 0, stream>>>(job, forced, n_forced, scores);
+    } else {
+        pool_kernel<1><<<dim3(hylra_ceil_div(a.n_kv, POOL_THREADS), n_row), POOL_THREADS, 0, stream>>>(job, forced, n_forced, scores);
+    }
 }

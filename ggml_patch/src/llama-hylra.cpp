@@ -323,14 +323,6 @@ static ggml_tensor * build_own(layer_builder & b, float kq_scale) {
     return b.reduce(op, b.attend(op, cells));
 }
 
-// Attention to the layer's own cells: no cheaper than dense. It shows what a selection loses before another layer's cells are taken.
-static ggml_tensor * build_own(layer_builder & b, float kq_scale) {
-    hylra_op & scoring = b.new_op(kq_scale, true);
-    ggml_tensor * cells = b.choose(scoring, b.attend(scoring, nullptr));
-    hylra_op & op = b.new_op(kq_scale, false);
-    return b.reduce(op, b.attend(op, cells));
-}
-
 static ggml_tensor * build(layer_builder & b, float kq_scale) {
     const uint32_t mode = b.policy.layer_mode[b.il];
     if (mode == HYLRA_REUSE && b.policy.layer_source[b.il] == b.il) {
