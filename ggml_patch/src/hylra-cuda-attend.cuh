@@ -312,6 +312,8 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
     __shared__ float  merge[SPLIT ? 1 : HYLRA_CUDA_WARPS*8*(EMBD_V + 1)];
     __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
 
+    hylra_await();
+    hylra_release();
     const hylra_attn & a = job.attn;
     const hylra_cuda_plan & p = job.plan;
     const int lane = threadIdx.x%32, warp = threadIdx.x/32, t = lane%4;
@@ -414,9 +416,9 @@ template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, bool SPLIT> static void hy
     const hylra_attn & a = job.attn;
     const dim3 grid(job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.cells ? a.n_stream*a.n_tokens : a.n_stream);
     if (a.cells) {
-        hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, true, SPLIT><<<grid, 32*HYLRA_CUDA_WARPS, 0, stream>>>(job);
+        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, true, SPLIT>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
     } else {
-        hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, false, SPLIT><<<grid, 32*HYLRA_CUDA_WARPS, 0, stream>>>(job);
+        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, false, SPLIT>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
     }
 }
 

@@ -97,7 +97,7 @@ static __device__ void enter_bin(const int * weights, const int * counts, narrow
 }
 
 constexpr int IN_FLIGHT       = 8; // scores that a thread waits for together
-constexpr int QUADS_IN_FLIGHT = 4;
+constexpr int QUADS_IN_FLIGHT = 8;
 
 // visit(index, item) for all items, by all threads together: items beyond the last cannot be chosen
 template <typename F> static __device__ void for_each_item(const float * scores, int n_kv, int block_size, int n_item, const F & visit) {
@@ -164,7 +164,7 @@ static __device__ void choose_cells(const float * scores, int n_kv, const hylra_
 #pragma unroll
         for (int i = 0; i < QUADS_IN_FLIGHT; ++i) {
             const int at = first + i*THREADS;
-            quads[i] = at < n_kv/4 ? __ldg((const int4 *) scores + at) : none;
+            quads[i] = at < n_kv/4 ? ((const int4 *) scores)[at] : none;
         }
 #pragma unroll
         for (int i = 0; i < QUADS_IN_FLIGHT; ++i) {
@@ -256,13 +256,15 @@ static __device__ void add_mass(const float * scores, const int32_t * cells, int
         shared[threadIdx.x/32] = mass;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        double sum = 0.0;
-        for (int i = 0; i < THREADS/32; ++i) {
-            sum += shared[i];
+    if (threadIdx.x < 32) {
+        double sum = shared[threadIdx.x];
+        for (int mask = 16; mask > 0; mask /= 2) {
+            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
         }
-        meter.mass += sum; // one block per meter and launch
-        meter.n    += 1;
+        if (threadIdx.x == 0) { // atomic not against others, there are none, but so that nothing waits for the old value
+            atomicAdd(&meter.mass, sum);
+            atomicAdd((unsigned long long *) &meter.n, 1ull);
+        }
     }
 }
 
@@ -299,13 +301,18 @@ static __device__ void narrow_down(const float * scores, const int32_t * first_b
     }
 }
 
-static __global__ void __launch_bounds__(THREADS) choose_kernel(const float * scores, const int32_t * first_bins, int n_kv, int top_k, int block_size,
+// BLOCKS false: single cells, with less code to fetch
+template <bool BLOCKS>
+static __global__ void __launch_bounds__(THREADS) choose_kernel(const float * scores, const int32_t * first_bins, int n_kv, int top_k, int cells_per_block,
                                                                 int32_t * cells, hylra_meter * meters) {
+    const int block_size = BLOCKS ? cells_per_block : 1;
     extern __shared__ uint32_t bits[]; // one per item
     __shared__ union { int bins[2][HYLRA_CUDA_BINS]; item candidates[CANDIDATES]; } shared; // first the one, then the other
     __shared__ int sums[32], n_candidate;
     __shared__ narrowing state;
     int * const weights = shared.bins[0], * const counts = shared.bins[1];
+    hylra_await();
+    hylra_release();
     const int row = blockIdx.x, n_item = block_size > 1 ? hylra_ceil_div(n_kv, block_size) : n_kv;
     scores += size_t(row)*n_kv;
     cells  += size_t(row)*top_k;
@@ -332,12 +339,19 @@ static __global__ void __launch_bounds__(THREADS) choose_kernel(const float * sc
 // Bytes of shared memory that a block may need
 size_t hylra_cuda_choose_bytes(int n_kv) { return sizeof(uint32_t)*hylra_ceil_div(n_kv, 32) + (18u << 10); }
 
+template <bool BLOCKS>
+static void enqueue_choose(const float * scores, const int32_t * bins, int n_kv, int n_row, int top_k, int block_size, int bits_bytes, int32_t * cells,
+                           hylra_meter * meters, cudaStream_t stream) {
+    if (hylra_cuda_choose_bytes(n_kv) > 48u << 10) {
+        cudaFuncSetAttribute(choose_kernel<BLOCKS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bits_bytes);
+    }
+    hylra_enqueue<choose_kernel<BLOCKS>>(dim3(n_row), THREADS, bits_bytes, stream, scores, bins, n_kv, top_k, block_size, cells, meters);
+}
+
 void hylra_cuda_choose(const float * scores, const int32_t * bins, int n_kv, int n_row, int top_k, int block_size, int32_t * cells,
                        hylra_meter * meters, cudaStream_t stream) {
     const int n_item = block_size > 1 ? hylra_ceil_div(n_kv, block_size) : n_kv;
     const int bits_bytes = hylra_ceil_div(n_item, 32)*int(sizeof(uint32_t));
-    if (hylra_cuda_choose_bytes(n_kv) > 48u << 10) {
-        cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bits_bytes);
-    }
-    choose_kernel<<<n_row, THREADS, bits_bytes, stream>>>(scores, bins, n_kv, top_k, block_size, cells, meters);
+    block_size > 1 ? enqueue_choose<true> (scores, bins, n_kv, n_row, top_k, block_size, bits_bytes, cells, meters, stream)
+                   : enqueue_choose<false>(scores, bins, n_kv, n_row, top_k, block_size, bits_bytes, cells, meters, stream);
 }

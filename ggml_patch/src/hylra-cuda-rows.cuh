@@ -38,12 +38,12 @@ static __device__ __forceinline__ uint32_t hylra_nibbles_to_halves(uint32_t x, h
 // An octet as four half2; values beyond a half's range saturate as they do in llama.cpp's own kernels.
 template <int TYPE> static __device__ __forceinline__ uint4 hylra_octet(const uint8_t * row, int octet) {
     if constexpr (TYPE == GGML_TYPE_F16) {
-        return __ldg((const uint4 *) row + octet);
+        return ((const uint4 *) row)[octet];
     } else if constexpr (TYPE == GGML_TYPE_BF16) {
-        const uint4 x = __ldg((const uint4 *) row + octet);
+        const uint4 x = ((const uint4 *) row)[octet];
         return make_uint4(hylra_bf16x2_to_half2(x.x), hylra_bf16x2_to_half2(x.y), hylra_bf16x2_to_half2(x.z), hylra_bf16x2_to_half2(x.w));
     } else if constexpr (TYPE == GGML_TYPE_F32) {
-        const float4 a = __ldg((const float4 *) row + 2*octet), b = __ldg((const float4 *) row + 2*octet + 1);
+        const float4 a = ((const float4 *) row)[2*octet], b = ((const float4 *) row)[2*octet + 1];
         return make_uint4(hylra_bits(__floats2half2_rn(a.x, a.y)), hylra_bits(__floats2half2_rn(a.z, a.w)),
                           hylra_bits(__floats2half2_rn(b.x, b.y)), hylra_bits(__floats2half2_rn(b.z, b.w)));
     } else if constexpr (TYPE == GGML_TYPE_Q8_0) { // half d; int8 q[32]

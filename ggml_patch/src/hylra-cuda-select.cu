@@ -53,8 +53,10 @@ static __device__ __forceinline__ void load_parts(const float * parts, int n_emb
     }
 }
 
-static __global__ void __launch_bounds__(REDUCE_THREADS) reduce_kernel(const __grid_constant__ hylra_cuda_job job, float * out) {
+static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const __grid_constant__ hylra_cuda_job job, float * out) {
     __shared__ float factors[HYLRA_CUDA_MAX_CHUNKS];
+    hylra_await();
+    hylra_release();
     const hylra_attn & a = job.attn;
     const int row = blockIdx.x, n_chunk = job.plan.n_chunk;
     const float * parts = (const float *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*a.n_embd_v;
@@ -91,13 +93,13 @@ static __global__ void __launch_bounds__(REDUCE_THREADS) reduce_kernel(const __g
 
 void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
-    reduce_kernel<<<a.n_head*a.n_tokens*a.n_stream, REDUCE_THREADS, 0, stream>>>(job, out);
+    hylra_enqueue<reduce_kernel>(dim3(a.n_head*a.n_tokens*a.n_stream), REDUCE_THREADS, 0, stream, job, out);
 }
 
 // ---- pool: one block per part of the cells, list and token
 
 constexpr int POOL_THREADS   = 512;
-constexpr int POOL_STEPS     = 4;   // cells per thread, if that leaves enough blocks
+constexpr int POOL_STEPS     = 2;   // cells per thread, if that leaves enough blocks
 constexpr int POOL_MIN_BLOCKS = 128;
 
 static __device__ bool is_hidden(const hylra_attn & a, int stream, int token, int cell) {
@@ -152,12 +154,14 @@ static __device__ void pool_cells(const hylra_cuda_job & job, int stream, int to
     }
 }
 
-template <int STEPS> static __global__ void __launch_bounds__(POOL_THREADS) pool_kernel(const __grid_constant__ hylra_cuda_job job, const int32_t * forced, int n_forced, float * scores) {
+template <int STEPS> static __global__ void __launch_bounds__(POOL_THREADS, 3) pool_kernel(const __grid_constant__ hylra_cuda_job job, const int32_t * forced, int n_forced, float * scores) {
     constexpr int CELLS = STEPS*POOL_THREADS;
     __shared__ float   part[CELLS];
     __shared__ int32_t bins[HYLRA_CUDA_BINS];
     __shared__ uint32_t marks[CELLS/32]; // forced cells
     __shared__ __align__(16) float factors[CELLS/HYLRA_CUDA_TILE][8];
+    hylra_await();
+    hylra_release();
     const hylra_attn & a = job.attn;
     const int row = blockIdx.y, list = row%job.select_lists, column = row/job.select_lists; // column: token of the batch
     const int begin = blockIdx.x*CELLS, n = min(CELLS, a.n_kv - begin);
@@ -168,19 +172,26 @@ template <int STEPS> static __global__ void __launch_bounds__(POOL_THREADS) pool
         marks[threadIdx.x] = 0;
     }
     const int stream = column/a.n_tokens, token = column%a.n_tokens;
+    bool hidden[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        hidden[i] = is_hidden(a, stream, token, min(begin + i*POOL_THREADS + int(threadIdx.x), a.n_kv - 1));
+    }
+    int mark = threadIdx.x < n_forced ? forced[size_t(column)*n_forced + threadIdx.x] : -1; // both on their way early
     float sums[STEPS] = {};
     pool_cells<STEPS>(job, stream, token, list, begin, factors, sums);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
         const int at = i*POOL_THREADS + threadIdx.x;
-        part[at] = is_hidden(a, stream, token, min(begin + at, a.n_kv - 1)) ? HYLRA_SCORE_HIDDEN : sums[i];
+        part[at] = hidden[i] ? HYLRA_SCORE_HIDDEN : sums[i];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n_forced; i += POOL_THREADS) {
-        const int at = forced[size_t(column)*n_forced + i] - begin;
+        const int at = mark - begin;
         if (at >= 0 && at < n) {
             atomicOr(&marks[at/32], 1u << at%32); // a cell may be forced twice
         }
+        mark = i + POOL_THREADS < n_forced ? forced[size_t(column)*n_forced + i + POOL_THREADS] : -1;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += POOL_THREADS) {
@@ -204,8 +215,8 @@ void hylra_cuda_pool(const hylra_cuda_job & job, const int32_t * forced, int n_f
     const hylra_attn & a = job.attn;
     const int n_row = job.select_lists*a.n_tokens*a.n_stream, n_part = hylra_ceil_div(a.n_kv, POOL_STEPS*POOL_THREADS);
     if (n_part*n_row >= POOL_MIN_BLOCKS) {
-        pool_kernel<POOL_STEPS><<<dim3(n_part, n_row), POOL_THREADS, 0, stream>>>(job, forced, n_forced, scores);
+        hylra_enqueue<pool_kernel<POOL_STEPS>>(dim3(n_part, n_row), POOL_THREADS, 0, stream, job, forced, n_forced, scores);
     } else {
-        pool_kernel<1><<<dim3(hylra_ceil_div(a.n_kv, POOL_THREADS), n_row), POOL_THREADS, 0, stream>>>(job, forced, n_forced, scores);
+        hylra_enqueue<pool_kernel<1>>(dim3(hylra_ceil_div(a.n_kv, POOL_THREADS), n_row), POOL_THREADS, 0, stream, job, forced, n_forced, scores);
     }
 }
