@@ -30,6 +30,7 @@ from .tables import FORMATS
 STOCK = {"stock-fa1": True, "stock-fa0": False}  # flash attention
 TEXT_DEPTH_TOKENS = 8192  # deepest cache that is read from text unless --fill says otherwise: minutes on two cores
 ALL_SEQUENCES = -1
+GPU_WARM_UP = 4  # steps before the clock starts: a CUDA graph is captured at the third
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,18 @@ def open_context(model: Model, flash_attn: bool, n_ctx: int, args) -> Context:
         raise HylraError(f"{error}, or leave that arm out with --arms") from None
 
 
+def n_warm_up(model: Model) -> int:
+    return GPU_WARM_UP if model.n_gpu_layers else 1
+
+
 def timed_ns(context: Context, policy: Policy | None, tokens: list[int], depth: int) -> int:
-    """Nanoseconds for len(tokens) - 1 steps of all sequences; the first token warms up the graph. Leaves `depth` tokens."""
+    """Nanoseconds for the steps of all sequences but the first ones, which warm up the graph. Leaves `depth` tokens."""
     engine.set_policy(context.ctx, policy)
-    context.step(tokens[0], depth)
+    warm_up = n_warm_up(context.model)
+    for pos, token in enumerate(tokens[:warm_up], depth):
+        context.step(token, pos)
     start = time.perf_counter_ns()
-    for pos, token in enumerate(tokens[1:], depth + 1):
+    for pos, token in enumerate(tokens[warm_up:], depth + warm_up):
         context.step(token, pos)
     elapsed = time.perf_counter_ns() - start
     context.rewind(depth, ALL_SEQUENCES)
@@ -129,8 +136,9 @@ def run(args, report: Callable[[str], None]) -> list[dict]:
     """One row per depth and arm. Caches are filled once, to the deepest depth, and cut back for the others."""
     arms = make_arms(args.arms, policies_of(args))
     depths = sorted(set(args.n_depth), reverse=True)
-    with Model(args.model) as model, contextlib.ExitStack() as stack:
-        n_ctx = depths[0] + args.n_gen + 1
+    with Model(args.model, args.n_gpu_layers) as model, contextlib.ExitStack() as stack:
+        n_steps = args.n_gen + n_warm_up(model)
+        n_ctx = depths[0] + n_steps
         contexts = {on: stack.enter_context(open_context(model, on, n_ctx, args)) for on in {arm.flash_attn: None for arm in arms}}
         check_policies(arms, contexts)
         tokens, source = make_tokens(model, n_ctx)
@@ -142,7 +150,7 @@ def run(args, report: Callable[[str], None]) -> list[dict]:
         for depth in depths:
             for context in contexts.values():
                 context.rewind(depth, ALL_SEQUENCES)
-            found = measure(arms, contexts, tokens[:depth + args.n_gen + 1], depth, args.repetitions, report)
+            found = measure(arms, contexts, tokens[:depth + n_steps], depth, args.repetitions, report)
             rows += [row(common, arm, depth, args, samples_ns, status) for arm, samples_ns, status in found]
     return with_ratios(sorted(rows, key=lambda one: one["n_depth"]))
 
@@ -158,6 +166,12 @@ def cpu_info() -> str:
         return platform.processor() or platform.machine()
 
 
+def gpu_info() -> str:
+    """As the NVIDIA driver names them"""
+    return ", ".join(line.split(":", 1)[1].strip() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+                     for line in path.read_text().splitlines() if line.startswith("Model"))
+
+
 def commit() -> str:
     """Of the checkout that this runs from, else the version."""
     folder = Path(__file__).resolve().parent
@@ -170,8 +184,9 @@ def facts_of_machine(args) -> dict:
         "build_commit": commit(),
         "engine": engine.version(),
         "cpu_info": cpu_info(),
-        "gpu_info": "",
-        "backends": "CPU",
+        "gpu_info": gpu_info() if getattr(args, "n_gpu_layers", 0) else "",
+        "backends": "CUDA, CPU" if getattr(args, "n_gpu_layers", 0) else "CPU",
+        "n_gpu_layers": getattr(args, "n_gpu_layers", 0),
         "n_batch": N_UBATCH,
         "n_ubatch": N_UBATCH,
         "n_threads": args.threads or cpu_count(),

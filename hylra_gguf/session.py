@@ -108,8 +108,9 @@ class Context:
         self._decode([(token, first_pos + i, seq, i in wanted) for i, token in enumerate(tokens)])
 
     def step(self, token: int, pos: int) -> None:
-        """The next token of every sequence, in one llama_decode."""
+        """The next token of every sequence, in one llama_decode; waits for it."""
         self._decode([(token, pos, seq, True) for seq in range(self.n_seq)])
+        self.api.llama_synchronize(self.ctx)
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
         """entries: (token, position, sequence, whether its logits are wanted)"""

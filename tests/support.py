@@ -103,7 +103,7 @@ class Session:
     """One model and context on the library that `llama_cpp` has loaded; logits come back as float32 [n_vocab]."""
 
     def __init__(self, path, n_ctx=1024, n_seq_max=1, unified=True, flash_attn=True, type_k=1, type_v=1, n_threads=1, n_ubatch=512,
-                 n_batch=None, overrides=None, eval_callback=None):
+                 n_batch=None, overrides=None, eval_callback=None, n_gpu_layers=0, kv_on_gpu=True):
         import llama_cpp as api
 
         self.api = api
@@ -111,6 +111,7 @@ class Session:
         silence(api)
         self._alive = []
         params = api.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
         if overrides:
             params.kv_overrides = self._overrides(overrides)
         self.model = api.llama_model_load_from_file(str(path).encode(), params)
@@ -120,6 +121,7 @@ class Session:
         c.n_threads = c.n_threads_batch = n_threads
         c.type_k, c.type_v = type_k, type_v
         c.flash_attn_type = 1 if flash_attn else 0
+        c.offload_kqv = c.op_offload = n_gpu_layers > 0 and kv_on_gpu
         if eval_callback:
             callback = api.ggml_backend_sched_eval_callback(eval_callback)
             self._alive.append(callback)

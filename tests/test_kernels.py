@@ -19,6 +19,7 @@ def available(isa: str) -> bool:
 
 
 HERE = [isa for isa in ISAS if available(isa)]
+CHOOSERS = [*HERE, "radix"]  # the serial twin of the CUDA selection: kernels for a GPU, arithmetic that any machine can test
 
 
 class Problem:
@@ -210,7 +211,7 @@ def test_choose_equals_twin(n_kv, top_k, block_size, ties):
         if len(forced) > top_k:
             scores[forced[top_k:]] -= FORCED
         want = choose("ref", scores, top_k, block_size)
-        for isa in HERE:
+        for isa in CHOOSERS:
             np.testing.assert_array_equal(choose(isa, scores, top_k, block_size), want)
 
 
@@ -228,13 +229,13 @@ def test_choose_in_long_rows_that_a_sample_misleads():
     for scores in (hidden_from_sample, only_sample, alike, all_hidden, last):
         for top_k in (1, 100, 1024, 5000):
             want = choose("ref", scores, top_k)
-            for isa in HERE:
+            for isa in CHOOSERS:
                 np.testing.assert_array_equal(choose(isa, scores, top_k), want)
 
 
 def test_choose_takes_the_best_ascending_forced_first_hidden_never():
     scores = np.array([0.1, 0.9, HIDDEN, 0.3, FORCED, 0.3, 0.8], np.float32)
-    for isa in HERE:
+    for isa in CHOOSERS:
         assert choose(isa, scores, 3).tolist() == [1, 4, 6]
         assert choose(isa, scores, 4).tolist() == [1, 3, 4, 6]  # of equals the lower cell
         assert choose(isa, scores, 7).tolist() == [0, 1, 3, 4, 5, 6]
@@ -243,6 +244,6 @@ def test_choose_takes_the_best_ascending_forced_first_hidden_never():
 def test_choose_blocks_takes_whole_blocks_while_they_fit():
     scores = np.zeros(64, np.float32)
     scores[16:32], scores[48], scores[0] = 0.01, 0.9, FORCED
-    for isa in HERE:
+    for isa in CHOOSERS:
         assert choose(isa, scores, 33, 16).tolist() == [0, *range(16, 32), *range(48, 64)]
         assert choose(isa, scores, 32, 16).tolist() == [0, *range(48, 64)]

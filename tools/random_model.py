@@ -22,6 +22,7 @@ SHAPES = {
     "llama-3.2-1b": (16, 2048, 8192, 32, 8, 64, 128256, 131072),
     "llama-3.1-8b": (32, 4096, 14336, 32, 8, 128, 128256, 131072),
     "qwq-32b": (64, 5120, 27648, 40, 8, 128, 152064, 131072),
+    "qwen3-32b": (64, 5120, 25600, 64, 8, 128, 151936, 131072),
 }
 TYPES = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 POOL_BLOCKS = 1 << 16  # random blocks that are repeated: as good for speed, and a hundred times quicker to make
@@ -84,30 +85,37 @@ def write_model(path: str, name: str, kind: gguf.GGMLQuantizationType, seed: int
     writer.close()
 
 
-def every(layers: int, kv_heads: int, n: int, top_k: int) -> Policy:
-    """Layer 0 full; of the others the first of every n selects."""
-    source = [-1] + [1 + (i - 1) // n * n for i in range(1, layers)]
-    used = {s for i, s in enumerate(source) if s != i}
-    mode = [REUSE if s not in (-1, i) else SELECT if i in used else FULL for i, s in enumerate(source)]
-    source = [-1 if m == FULL else s for m, s in zip(mode, source)]
-    return Policy(layer_mode=mode, layer_source=source, head_kv_count=kv_heads, top_k=top_k, summary=f"layer 0 full, one of {n} selects")
+def every(layers: int, n: int) -> str:
+    """Roles: layer 0 full; of the others the first of every n selects."""
+    roles = "F" + "".join("R" if (i - 1) % n else "S" for i in range(1, layers))
+    return roles[:-1] + "F" if roles[-1] == "S" else roles  # a selection that nobody reuses
+
+
+def policy_of(roles: str, kv_heads: int, top_k: int, lists: int) -> Policy:
+    """F full, S select, R reuse of the nearest S before it"""
+    source = [-1 if role == "F" else roles.rindex("S", 0, i + 1) for i, role in enumerate(roles)]
+    mode = [{"F": FULL, "S": SELECT, "R": REUSE}[role] for role in roles]
+    return Policy(layer_mode=mode, layer_source=source, head_kv_count=kv_heads, lists=lists, top_k=top_k, summary=roles)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("output", metavar="MODEL", help="GGUF file to write; must not exist")
+    parser.add_argument("output", metavar="MODEL", help="GGUF file to write; one that exists is left alone, for further policies")
     parser.add_argument("--type", choices=TYPES, default="q8_0")
     parser.add_argument("--policy", metavar="POLICY", help="write a policy for it too")
     parser.add_argument("--every", type=int, default=4, metavar="N", help="one select layer at the head of every N (default 4)")
+    parser.add_argument("--roles", metavar="ROLES", help="instead of --every: F (full), S (select) or R (reuse) for each layer")
+    parser.add_argument("--lists", type=int, choices=(1, 0), default=1, help="1: one list for all heads (default), 0: one per KV head")
     parser.add_argument("--top-k", type=int, default=2048, metavar="K")
     args = parser.parse_args()
-    if Path(args.output).exists():
+    if not Path(args.output).exists():
+        write_model(args.output, args.shape, TYPES[args.type])
+    elif not args.policy:
         sys.exit(f"{args.output}: this file exists; choose another")
-    write_model(args.output, args.shape, TYPES[args.type])
     if args.policy:
         layers, kv_heads = SHAPES[args.shape][0], SHAPES[args.shape][4]
-        every(layers, kv_heads, args.every, args.top_k).save(args.policy)
+        policy_of(args.roles or every(layers, args.every), kv_heads, args.top_k, args.lists or kv_heads).save(args.policy)
 
 
 if __name__ == "__main__":

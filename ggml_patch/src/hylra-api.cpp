@@ -3,6 +3,7 @@
 
 #include "hylra-context.h"
 #include "hylra-cpu.h"
+#include "hylra-radix.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
@@ -18,9 +19,13 @@
 
 static llama_hylra_context & state_of(const llama_context * ctx) { return *ctx->hylra; }
 
+// Waits for the batch that is being computed: its kernels still count.
+static void settle(const llama_context * ctx) { llama_synchronize(const_cast<llama_context *>(ctx)); }
+
 const char * hylra_version(void) { return HYLRA_VERSION; }
 
 int hylra_set_policy(llama_context * ctx, const hylra_policy * policy, char * error, size_t error_bytes) {
+    settle(ctx);
     llama_hylra_context & state = state_of(ctx);
     const auto copy = policy ? hylra_copy_policy(*policy, state.model.hparams) : nullptr;
     state.set_policy(copy, "switched off at run time");
@@ -32,6 +37,7 @@ int hylra_set_policy(llama_context * ctx, const hylra_policy * policy, char * er
 }
 
 int hylra_use_model_policy(llama_context * ctx) {
+    settle(ctx);
     llama_hylra_context & state = state_of(ctx);
     state.set_policy(state.model.hylra, "the model file has no policy");
     ctx->hylra_policy_changed();
@@ -77,15 +83,11 @@ const char * hylra_reason(const llama_context * ctx) {
 }
 
 void hylra_captured_mass(const llama_context * ctx, double * mass, uint64_t * n, size_t n_layer) {
-    const llama_hylra_context & state = state_of(ctx);
-    const size_t rows = state.meter_rows();
+    settle(ctx);
     for (size_t il = 0; il < n_layer; ++il) {
-        mass[il] = 0.0;
-        n[il]    = 0;
-        for (size_t row = il*rows; row < (il + 1)*rows && row < state.meters.size(); ++row) {
-            mass[il] += state.meters[row].mass;
-            n[il]    += state.meters[row].n;
-        }
+        const hylra_meter sum = state_of(ctx).meters.sum(il);
+        mass[il] = sum.mass;
+        n[il]    = sum.n;
     }
 }
 
@@ -113,7 +115,10 @@ const char * hylra_layer_text(uint32_t state) {
     return state < sizeof(TEXTS)/sizeof(*TEXTS) ? TEXTS[state] : "unknown";
 }
 
-void hylra_reset_counters(llama_context * ctx) { state_of(ctx).reset_counters(); }
+void hylra_reset_counters(llama_context * ctx) {
+    settle(ctx);
+    state_of(ctx).reset_counters();
+}
 
 // ---- tracing
 
@@ -169,23 +174,14 @@ static int trace_choose(const ggml_tensor * node, const hylra_op & op, hylra_att
     return HYLRA_TRACE_CHOOSE;
 }
 
-// The head of ggml_custom_op_params (ggml-impl.h), which is what ggml_custom_4d stores in op_params.
-struct custom_params {
-    ggml_custom_op_t run;
-    int              n_tasks;
-    void           * userdata;
-};
-
 static int trace_custom(const ggml_tensor * node, hylra_attn & out) {
-    custom_params params;
-    memcpy(&params, node->op_params, sizeof(params));
-    const hylra_op & op = *(const hylra_op *) params.userdata;
-    if (params.run == hylra_node_attend) {
-        out = hylra_job_of_node(op, node, nullptr).attn;
+    const hylra_node_ref ref = hylra_node_of(node);
+    if (ref.run == hylra_node_attend) {
+        out = hylra_attn_of_node(*ref.op, node, nullptr);
         return HYLRA_TRACE_ATTEND;
     }
-    return params.run == hylra_node_reduce ? trace_reduce(node, op, out) :
-           params.run == hylra_node_choose ? trace_choose(node, op, out) : HYLRA_TRACE_NONE;
+    return ref.run == hylra_node_reduce ? trace_reduce(node, *ref.op, out) :
+           ref.run == hylra_node_choose ? trace_choose(node, *ref.op, out) : HYLRA_TRACE_NONE;
 }
 
 int hylra_trace_node(const ggml_tensor * node, hylra_attn * out) {
@@ -228,6 +224,9 @@ int hylra_test_attend(const char * isa, const hylra_attn * attn, const int32_t *
 }
 
 int hylra_test_choose(const char * isa, const float * scores, int32_t n_kv, int32_t top_k, int32_t block_size, int32_t * out) {
+    if (strcmp(isa, "radix") == 0) {
+        return hylra_choose_radix(scores, n_kv, top_k, block_size, out);
+    }
     const hylra_kernels * kernels = hylra_get_kernels(isa);
     return kernels ? kernels->choose(scores, n_kv, top_k, block_size, out) : -1;
 }

@@ -6,7 +6,6 @@
 
 #include <mutex>
 #include <string>
-#include <vector>
 
 struct llama_model;
 
@@ -23,13 +22,10 @@ struct llama_hylra_context {
     uint64_t n_step_sparse = 0;
     bool     stock_only = false; // the policy is on, but the last graph held no layer that the engine can serve
     std::vector<uint32_t> layer_states; // hylra_layer_state [n_layer] of the last sparse graph
-    std::vector<hylra_meter> meters;    // [meter_rows, n_layer]
+    hylra_meters meters;
 
     explicit llama_hylra_context(const llama_model & model) : model(model) {}
 
     void set_policy(llama_hylra_policy_ptr next, const std::string & none_reason);
-    void reset_counters();
-
-    size_t meter_rows() const;
-    hylra_meter * layer_meters(int il) { return meters.data() + il*meter_rows(); }
+    void reset_counters(); // no batch is being computed
 };

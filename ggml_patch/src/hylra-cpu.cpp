@@ -159,7 +159,7 @@ void hylra_place(hylra_job & job, float * scratch, bool weights) {
 }
 
 // attend: src = q, k, v, mask, then the list of cells of a reuse layer; dst = scratch
-hylra_job hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks) {
+hylra_attn hylra_attn_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks) {
     const ggml_tensor * idx = attend->src[4];
     hylra_attn a = hylra_attn_of(attend->src[0], attend->src[1], attend->src[2], attend->src[3], sinks);
     a.layer    = op.layer;
@@ -169,9 +169,28 @@ hylra_job hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, con
     a.cells    = idx ? idx->data : nullptr;
     a.n_cells  = idx ? int32_t(idx->ne[0]) : 0;
     a.lists    = idx ? int32_t(idx->ne[1]) : 0;
-    hylra_job job = hylra_job_of(a, op.head_list.data());
+    return a;
+}
+
+hylra_job hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks) {
+    hylra_job job = hylra_job_of(hylra_attn_of_node(op, attend, sinks), op.head_list.data());
     hylra_place(job, (float *) attend->data, op.weights);
     return job;
+}
+
+// The head of ggml_custom_op_params (ggml-impl.h), which is what ggml_custom_4d stores in op_params.
+struct custom_params {
+    ggml_custom_op_t run;
+    int              n_tasks;
+    void           * userdata;
+};
+
+hylra_node_ref hylra_node_of(const ggml_tensor * node) {
+    custom_params params;
+    memcpy(&params, node->op_params, sizeof(params));
+    const bool ours = node->op == GGML_OP_CUSTOM && (params.run == hylra_node_attend || params.run == hylra_node_reduce ||
+                                                     params.run == hylra_node_pool   || params.run == hylra_node_choose);
+    return ours ? hylra_node_ref{ params.run, (const hylra_op *) params.userdata } : hylra_node_ref{};
 }
 
 void hylra_node_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {

@@ -1,17 +1,15 @@
-// HyLRA graph nodes for the CPU backend: what a node carries, and the functions that GGML_OP_CUSTOM calls.
+// HyLRA graph nodes: what a node carries, and the functions that GGML_OP_CUSTOM calls on the CPU backend. They also name the node:
+// the CUDA backend runs its own kernels for them (hylra-cuda.cu).
 #pragma once
 
 #include "hylra-attn.h"
+#include "hylra-meters.h"
+
+#include "ggml.h"
 
 #include <vector>
 
-struct ggml_tensor;
-
-// Attention mass that one row (list and token of a batch) of a select layer found on its own selection.
-struct hylra_meter {
-    double   mass = 0.0;
-    uint64_t n    = 0;
-};
+struct ggml_backend_device;
 
 // Parameters of the nodes of one layer, their userdata; owned by the graph input, so they live as long as the graph.
 struct hylra_op {
@@ -19,12 +17,22 @@ struct hylra_op {
     float   scale, max_bias, softcap;
     bool    weights;                // attend writes softmax weights: a select layer
     int32_t block_size;
+    int32_t lists;                  // that a select layer pools into
+    ggml_backend_device * device;   // where the cache lies and the node must run; nullptr: host memory
     std::vector<int32_t> head_list; // [n_head_kv] list that each KV head takes (reuse)
-    hylra_meter * meters;           // [rows] (select)
+    hylra_meter * meters;           // [rows] (select), in the memory of `device`
 };
+
+// A node's function and parameters; both nullptr if it is none of ours.
+struct hylra_node_ref {
+    ggml_custom_op_t run;
+    const hylra_op * op;
+};
+hylra_node_ref hylra_node_of(const ggml_tensor * node);
 
 hylra_attn hylra_attn_of(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * mask, const ggml_tensor * sinks);
 hylra_job  hylra_job_of(const hylra_attn & attn, const int32_t * head_list);
+hylra_attn hylra_attn_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks);
 hylra_job  hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks);
 
 // Size of an attend node's result when `n_listed` cells (a list, or all n_kv) are attended to. The chunking depends on

@@ -3,6 +3,7 @@
 #include "llama-hylra.h"
 
 #include "hylra-context.h"
+#include "hylra-cuda-host.h"
 #include "hylra-memory.h"
 
 #include "llama-cparams.h"
@@ -23,9 +24,11 @@
 // Upstream internals that this file stands on; a change there must stop the build here.
 static_assert(std::is_same_v<decltype(&llama_kv_cache::get_cells), const llama_kv_cells & (llama_kv_cache::*)(llama_seq_id) const>);
 static_assert(GGML_MAX_SRC >= 8, "attend takes five sources");
+static_assert(GGML_MAX_OP_PARAMS >= 64, "there is room behind ggml_custom_op_params");
 
 constexpr size_t   SCRATCH_LIMIT_BYTES  = 256u << 20; // softmax weights of one layer; above it the batch runs stock
 constexpr uint32_t KV_PADDING           = 256;        // llama_kv_cache::get_n_kv rounds up to it
+constexpr int      EPOCH_PARAM          = 8;          // in op_params, behind ggml_custom_op_params
 constexpr uint32_t TOKENS_PER_SEQUENCE  = 8;          // drafts of speculative decoding; more tokens are a prefill
 
 // ---- policy and state
@@ -47,14 +50,11 @@ static std::string reason_of(const llama_hylra_policy_ptr & policy, const std::s
     return "";
 }
 
-size_t llama_hylra_context::meter_rows() const {
-    return policy ? size_t(policy->lists)*HYLRA_MAX_TOKENS : 0;
-}
-
 void llama_hylra_context::set_policy(llama_hylra_policy_ptr next, const std::string & none_reason) {
     reason = reason_of(next, none_reason);
     policy = reason.empty() ? std::move(next) : nullptr;
     epoch += 1;
+    meters.resize(policy ? size_t(policy->lists)*HYLRA_MAX_TOKENS : 0, policy ? policy->layer_count : 0);
     reset_counters();
 }
 
@@ -62,7 +62,7 @@ void llama_hylra_context::reset_counters() {
     n_step = n_step_sparse = 0;
     layer_states.assign(policy ? policy->layer_count : 0, HYLRA_LAYER_UNKNOWN);
     stock_only = false;
-    meters.assign(policy ? meter_rows()*policy->layer_count : 0, {});
+    meters.clear();
 }
 
 std::shared_ptr<llama_hylra_context> llama_hylra_init(const llama_model & model) {
@@ -104,7 +104,7 @@ public:
         state.n_step_sparse += n_layer_ours > 0;
         if (sparse) {
             state.layer_states = layer_states;
-            state.stock_only   = n_layer_ours == 0;
+            state.stock_only   = std::count(layer_states.begin(), layer_states.end(), uint32_t(HYLRA_LAYER_SERVED)) == 0;
         }
         if (forced && forced->buffer) {
             for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
@@ -191,9 +191,25 @@ static llm_graph_input_hylra & input_of(const llm_graph_context & graph) {
 // ---- nodes of a layer
 
 // Cache views are allocated when the graph is built, the K of an uncached or cross attention is not.
-static bool is_cache_view(const ggml_tensor * t) { return t->view_src && t->view_src->buffer; }
+static ggml_backend_buffer_t cache_buffer(const ggml_tensor * t) { return t->view_src ? t->view_src->buffer : nullptr; }
 
-static bool lies_in_host_memory(const ggml_tensor * cache_view) { return ggml_backend_buffer_is_host(cache_view->view_src->buffer); }
+// Where the nodes of a layer run: next to its cache.
+struct place {
+    bool known;               // host memory, or a device that we have kernels for
+    ggml_backend_dev_t device; // nullptr: host memory
+};
+
+static place place_of(const ggml_tensor * k, const ggml_tensor * v) {
+    const ggml_backend_buffer_t on_k = cache_buffer(k), on_v = cache_buffer(v);
+    if (ggml_backend_buffer_get_type(on_k) != ggml_backend_buffer_get_type(on_v)) {
+        return { false, nullptr };
+    }
+    if (ggml_backend_buffer_is_host(on_k)) {
+        return { true, nullptr };
+    }
+    const ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(on_k));
+    return { hylra_cuda_is_ours(device), device };
+}
 
 static bool shapes_fit(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) {
     return k->ne[0] <= HYLRA_MAX_EMBD && v->ne[0] <= HYLRA_MAX_EMBD && q->ne[1] <= HYLRA_MAX_TOKENS && q->type == GGML_TYPE_F32 &&
@@ -207,12 +223,15 @@ struct layer_builder {
     const llama_hylra_policy & policy;
     ggml_tensor * q, * k, * v, * kq_mask, * sinks;
     const int il;
+    const ggml_backend_dev_t device;
 
     ggml_tensor * custom(const char * name, ggml_type type, const int64_t (&ne)[4], std::initializer_list<ggml_tensor *> src,
                          ggml_custom_op_t run, hylra_op & op) const {
         std::vector<ggml_tensor *> args(src);
         ggml_tensor * node = ggml_custom_4d(graph.ctx0, type, ne[0], ne[1], ne[2], ne[3], args.data(), int(args.size()), run, GGML_N_TASKS_MAX, &op);
         ggml_format_name(node, "hylra_%s-%d", name, il);
+        // CUDA graphs are replayed while nodes compare equal, and what `op` holds is not compared: it follows from the epoch
+        node->op_params[EPOCH_PARAM] = int32_t(input.epoch);
         return node;
     }
 
@@ -224,7 +243,9 @@ struct layer_builder {
         op.softcap    = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
         op.weights    = weights;
         op.block_size = int32_t(policy.block_size);
-        op.meters     = input.state.layer_meters(il);
+        op.lists      = int32_t(policy.lists);
+        op.device     = device;
+        op.meters     = op.weights ? input.state.meters.layer(il, cache_buffer(k)) : nullptr;
         for (int64_t head = 0; head < k->ne[2]; ++head) {
             const int32_t mapped = policy.head_map.empty() ? int32_t(head) : policy.head_map[il*policy.head_kv_count + head];
             op.head_list.push_back(policy.lists == 1 ? 0 : mapped);
@@ -235,8 +256,10 @@ struct layer_builder {
 
     // F32 scratch: partial results, and the softmax weights of a select layer
     ggml_tensor * attend(hylra_op & op, ggml_tensor * cells) const {
-        const int64_t n_listed = cells ? cells->ne[0] : k->ne[1];
-        const int64_t n = int64_t(hylra_attend_floats(hylra_attn_of(q, k, v, kq_mask, sinks), int(n_listed), op.weights));
+        const int n_listed = int(cells ? cells->ne[0] : k->ne[1]);
+        const hylra_attn attn = hylra_attn_of(q, k, v, kq_mask, sinks);
+        const int64_t n = int64_t(device ? hylra_cuda_floats(attn, n_listed, cells != nullptr, op.weights ? op.lists : 0)
+                                         : hylra_attend_floats(attn, n_listed, op.weights));
         return custom("attend", GGML_TYPE_F32, { n, 1, 1, 1 }, { q, k, v, kq_mask, cells }, hylra_node_attend, op);
     }
 
@@ -254,13 +277,13 @@ struct layer_builder {
         return input.forced;
     }
 
-    // I32 [top_k, lists, n_tokens, n_stream]
-    ggml_tensor * choose(hylra_op & op, ggml_tensor * attended) const {
+    // I32 [top_k, lists, n_tokens, n_stream]. out: on a device reduce prepares what pool needs, so it comes first
+    ggml_tensor * choose(hylra_op & op, ggml_tensor * attended, ggml_tensor * out) const {
         const int64_t lists = policy.lists, n_kv = k->ne[1];
         ggml_tensor * pooled = custom("pool", GGML_TYPE_F32, { n_kv, lists, q->ne[1], q->ne[3] },
-                                      { attended, sinks, forced_cells() }, hylra_node_pool, op);
+                                      { attended, sinks, forced_cells(), out }, hylra_node_pool, op);
         return custom("choose", GGML_TYPE_I32, { policy.top_k_at(il, uint32_t(n_kv)), lists, q->ne[1], q->ne[3] },
-                      { pooled }, hylra_node_choose, op);
+                      { pooled, attended }, hylra_node_choose, op);
     }
 };
 
@@ -272,23 +295,30 @@ static ggml_tensor * source_cells(const llm_graph_input_hylra & input, const ggm
     return fits ? cells : nullptr;
 }
 
+static bool fits_device(const llm_graph_input_hylra & input, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) {
+    return hylra_cuda_fits(hylra_attn_of(q, k, v, nullptr, nullptr), int(input.policy->lists));
+}
+
 // SERVED, or why the layer stays llama.cpp's.
-static hylra_layer_state judge(const llm_graph_context & graph, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v,
-                               const ggml_tensor * kq_mask, int64_t n_kv_max, int il) {
+static hylra_layer_state judge(const llm_graph_input_hylra & input, const llm_graph_context & graph, const ggml_tensor * q, const ggml_tensor * k,
+                               const ggml_tensor * v, const ggml_tensor * kq_mask, int64_t n_kv_max, int il) {
     const size_t weights_bytes = sizeof(float)*k->ne[1]*q->ne[2]*q->ne[1]*q->ne[3];
     const bool mask_fits = kq_mask && kq_mask->type == GGML_TYPE_F16 && kq_mask->ne[2] == 1;
-    return graph.hparams.is_swa(il)                            ? HYLRA_LAYER_SLIDING :
-           n_kv_max != 0                                       ? HYLRA_LAYER_OWN_SELECTION :
-           !is_cache_view(k) || !is_cache_view(v)              ? HYLRA_LAYER_NO_CACHE :
-           !lies_in_host_memory(k) || !lies_in_host_memory(v)  ? HYLRA_LAYER_DEVICE :
-           !mask_fits || !shapes_fit(q, k, v)                  ? HYLRA_LAYER_SHAPE :
-           weights_bytes > SCRATCH_LIMIT_BYTES                 ? HYLRA_LAYER_SCRATCH : HYLRA_LAYER_SERVED;
+    if (graph.hparams.is_swa(il))                { return HYLRA_LAYER_SLIDING; }
+    if (n_kv_max != 0)                           { return HYLRA_LAYER_OWN_SELECTION; }
+    if (!cache_buffer(k) || !cache_buffer(v))    { return HYLRA_LAYER_NO_CACHE; }
+    const place at = place_of(k, v);
+    if (!at.known)                               { return HYLRA_LAYER_DEVICE; }
+    if (!mask_fits || !shapes_fit(q, k, v))      { return HYLRA_LAYER_SHAPE; }
+    if (at.device && !fits_device(input, q, k, v)) { return HYLRA_LAYER_SHAPE; }
+    return weights_bytes > SCRATCH_LIMIT_BYTES ? HYLRA_LAYER_SCRATCH : HYLRA_LAYER_SERVED;
 }
 
 // Attention to the layer's own cells: no cheaper than dense. It shows what a selection loses before another layer's cells are taken.
 static ggml_tensor * build_own(layer_builder & b, float kq_scale) {
     hylra_op & scoring = b.new_op(kq_scale, true);
-    ggml_tensor * cells = b.choose(scoring, b.attend(scoring, nullptr));
+    ggml_tensor * attended = b.attend(scoring, nullptr);
+    ggml_tensor * cells = b.choose(scoring, attended, b.device ? b.reduce(scoring, attended) : nullptr);
     hylra_op & op = b.new_op(kq_scale, false);
     return b.reduce(op, b.attend(op, cells));
 }
@@ -306,7 +336,7 @@ static ggml_tensor * build(layer_builder & b, float kq_scale) {
     ggml_tensor * attended = b.attend(op, cells);
     ggml_tensor * out = b.reduce(op, attended);
     if (mode == HYLRA_SELECT) {
-        b.input.cells[b.il] = b.choose(op, attended);
+        b.input.cells[b.il] = b.choose(op, attended, out);
         ggml_build_forward_expand(b.graph.gf, out);
         ggml_build_forward_expand(b.graph.gf, b.input.cells[b.il]); // no ancestor of the output: nothing else would compute it
     }
@@ -328,10 +358,15 @@ ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q,
     if (il < 0 || il >= int(input.policy->layer_count)) {
         return nullptr; // a draft layer behind the trunk
     }
-    hylra_layer_state state = judge(graph, q, k, v, kq_mask, n_kv_max, il);
+    hylra_layer_state state = judge(input, graph, q, k, v, kq_mask, n_kv_max, il);
     ggml_tensor * out = nullptr;
     if (state == HYLRA_LAYER_SERVED) {
-        layer_builder builder = { graph, input, *input.policy, q, k, v, kq_mask, sinks, il };
+        const ggml_backend_dev_t device = place_of(k, v).device;
+        if (device && input.policy->layer_mode[il] == HYLRA_FULL) {
+            input.layer_states[il] = state;
+            return nullptr; // llama.cpp's own dense kernel is as good there
+        }
+        layer_builder builder = { graph, input, *input.policy, q, k, v, kq_mask, sinks, il, device };
         out = build(builder, kq_scale);
         state = out ? state : HYLRA_LAYER_SOURCE;
     }

@@ -1,0 +1,440 @@
+// Attention of one chunk of cells on CUDA, over all cells or over lists: K and V rows are read once for the eight or sixteen columns of a
+// warp, straight into matrix fragments. Computes S^T = K Q^T and O^T = V^T P^T, so that cells and head dimensions are the long sides
+// and the columns, of which decode has few, the short one. Included once per KV type.
+#pragma once
+
+#include "hylra-cuda-rows.cuh"
+#include "hylra-cuda.cuh"
+
+constexpr float HYLRA_LOG2E = 1.4426950408889634f;
+// Weights are at most 2^8 instead of 1, so that small ones keep their precision as halves.
+constexpr float HYLRA_CUDA_HEADROOM = 8.0f;
+
+// ---- one column: a query head of a token
+
+struct hylra_column {
+    int   token, head; // head -1: padding
+    float slope;       // of ALiBi, times log2(e)
+};
+
+static __device__ __forceinline__ float hylra_cuda_slope(const hylra_attn & a, int head) {
+    if (a.max_bias <= 0.0f) {
+        return HYLRA_LOG2E;
+    }
+    const int n_log2 = 1 << (31 - __clz(a.n_head));
+    const float m0 = exp2f(-a.max_bias/n_log2), m1 = exp2f(-a.max_bias/2.0f/n_log2);
+    return HYLRA_LOG2E*(head < n_log2 ? powf(m0, head + 1) : powf(m1, 2*(head - n_log2) + 1));
+}
+
+template <bool LISTED> static __device__ __forceinline__ hylra_column hylra_column_of(const hylra_attn & a, const hylra_cuda_plan & p, int column, int head_kv, int token0) {
+    const int group = a.n_head/a.n_head_kv;
+    if (column >= p.n_column) {
+        return { token0, -1, 0.0f };
+    }
+    const int head = head_kv*group + column%group;
+    return { LISTED ? token0 : column/group, head, hylra_cuda_slope(a, head) };
+}
+
+// ---- the cells of a tile: rows g and g+8 of the fragments
+
+template <int WIDE> struct hylra_tile {
+    int   cell[2];          // -1: none
+    float bias[WIDE][2][2]; // of columns 2t and 2t+1 at the two cells; -inf: hidden
+};
+
+static __device__ __forceinline__ float hylra_cuda_bias(const hylra_attn & a, const hylra_column & column, int stream, int cell) {
+    if (cell < 0 || column.head < 0) {
+        return -INFINITY;
+    }
+    if (!a.mask) {
+        return 0.0f;
+    }
+    const char * row = (const char *) a.mask + column.token*a.mask_nb[1] + stream*a.mask_nb[3];
+    return __half2float(((const half *) row)[cell])*column.slope;
+}
+
+template <int WIDE, bool LISTED>
+static __device__ __forceinline__ hylra_tile<WIDE> hylra_tile_at(const hylra_attn & a, const hylra_column (&columns)[WIDE][2], const int32_t * list, int stream, int first, int end) {
+    hylra_tile<WIDE> tile;
+    const int g = threadIdx.x%32/4;
+    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+        const int i = first + g + 8*half_tile;
+        tile.cell[half_tile] = i < end ? (LISTED ? list[i] : i) : -1;
+        for (int w = 0; w < WIDE; ++w) {
+            for (int c = 0; c < 2; ++c) {
+                tile.bias[w][half_tile][c] = hylra_cuda_bias(a, columns[w][c], stream, tile.cell[half_tile]);
+            }
+        }
+    }
+    return tile;
+}
+
+// Forgets cells that no column sees; false if there is no other. A listed cell was seen when it was chosen: the mask need not be awaited.
+template <int WIDE, bool LISTED> static __device__ __forceinline__ bool hylra_tile_visible(hylra_tile<WIDE> & tile) {
+    const int g = threadIdx.x%32/4;
+    unsigned any = 0;
+    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+        bool seen = tile.cell[half_tile] >= 0;
+        if (!LISTED) {
+            seen = false;
+            for (int w = 0; w < WIDE; ++w) {
+                seen = seen || tile.bias[w][half_tile][0] != -INFINITY || tile.bias[w][half_tile][1] != -INFINITY;
+            }
+        }
+        const unsigned lanes = __ballot_sync(0xFFFFFFFFu, seen);
+        tile.cell[half_tile] = lanes >> 4*g & 15 ? tile.cell[half_tile] : -1;
+        any |= lanes;
+    }
+    return any != 0;
+}
+
+// ---- the kernel
+
+template <int TYPE> static __device__ __forceinline__ uint4 hylra_octet_of(const uint8_t * base, uint64_t nb, int cell, int octet, int n_octet) {
+    return cell >= 0 && octet < n_octet ? hylra_octet<TYPE>(base + cell*nb, octet) : make_uint4(0, 0, 0, 0);
+}
+
+// Writes the query fragments of one warp's columns: shared[wide][n_embd_k/32][lane]
+template <int TYPE, int EMBD_K, int WIDE>
+static __device__ __forceinline__ void hylra_stage_q(const hylra_attn & a, const hylra_cuda_plan & p, bool listed, int first_column, int head_kv, int token0, int stream,
+                                                     uint4 * shared, int thread, int n_thread) {
+    const float scale = a.softcap == 0.0f ? a.scale*HYLRA_LOG2E : a.scale;
+    const int group = a.n_head/a.n_head_kv;
+    for (int i = thread; i < WIDE*EMBD_K; i += n_thread) { // one of 32 lanes of one of EMBD_K/32 octet rows
+        const int lane = i%32, octet = i/32%(EMBD_K/32)*4 + lane%4, column = first_column + i/EMBD_K*8 + lane/4;
+        const int head = head_kv*group + column%group, token = listed ? token0 : column/group;
+        const float * q = (const float *) ((const char *) a.q + token*a.q_nb[1] + head*a.q_nb[2] + stream*a.q_nb[3]);
+        float x[8];
+        for (int j = 0; j < 8; ++j) {
+            const int d = hylra_octet_dim<TYPE>(octet, j);
+            x[j] = column < p.n_column && d < a.n_embd_k ? q[d]*scale : 0.0f;
+        }
+        shared[i] = make_uint4(hylra_bits(__floats2half2_rn(x[0], x[1])), hylra_bits(__floats2half2_rn(x[2], x[3])),
+                               hylra_bits(__floats2half2_rn(x[4], x[5])), hylra_bits(__floats2half2_rn(x[6], x[7])));
+    }
+}
+
+// s[wide]: logits of the tile, base 2
+template <int TYPE, int EMBD_K, int WIDE>
+static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, const uint8_t * k, const hylra_tile<WIDE> & tile, const uint4 * q_frags, float (&s)[WIDE][4]) {
+    constexpr int BATCH = EMBD_K <= 256 ? EMBD_K/32 : 6; // octet rows that are in flight together
+    const int lane = threadIdx.x%32, t = lane%4, n_octet = a.n_embd_k/8;
+    for (int w = 0; w < WIDE; ++w) {
+        s[w][0] = s[w][1] = s[w][2] = s[w][3] = 0.0f;
+    }
+    static_assert(EMBD_K/32%BATCH == 0, "");
+#pragma unroll
+    for (int first = 0; first < EMBD_K/32; first += BATCH) {
+        uint4 lo[BATCH], hi[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            lo[i] = hylra_octet_of<TYPE>(k, a.k_nb[1], tile.cell[0], (first + i)*4 + t, n_octet);
+            hi[i] = hylra_octet_of<TYPE>(k, a.k_nb[1], tile.cell[1], (first + i)*4 + t, n_octet);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+            for (int w = 0; w < WIDE; ++w) {
+                const uint4 q = q_frags[(w*(EMBD_K/32) + first + i)*32 + lane];
+                hylra_mma(s[w], lo[i].x, hi[i].x, lo[i].y, hi[i].y, q.x, q.y);
+                hylra_mma(s[w], lo[i].z, hi[i].z, lo[i].w, hi[i].w, q.z, q.w);
+            }
+        }
+    }
+#pragma unroll
+    for (int w = 0; w < WIDE; ++w) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float x = a.softcap == 0.0f ? s[w][i] : HYLRA_LOG2E*a.softcap*tanhf(s[w][i]/a.softcap);
+            s[w][i] = x + tile.bias[w][i/2][i%2];
+        }
+    }
+}
+
+// State of the online softmax for two columns; weights are exp2(logit - ref).
+struct hylra_softmax { float ref[2], sum[2]; };
+
+// Logits become weights; returns by how much earlier outputs shrink
+static __device__ __forceinline__ float2 hylra_tile_weights(hylra_softmax & state, float (&s)[4]) {
+    float shrink[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        float top = fmaxf(s[c], s[c + 2]);
+        for (int mask = 4; mask < 32; mask *= 2) {
+            top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, mask));
+        }
+        const float ref  = fmaxf(state.ref[c], top - HYLRA_CUDA_HEADROOM);
+        const float used = ref == -INFINITY ? 0.0f : ref; // nothing seen so far
+        shrink[c] = exp2f(state.ref[c] - used);
+        s[c]     = exp2f(s[c]     - used);
+        s[c + 2] = exp2f(s[c + 2] - used);
+        state.sum[c] = state.sum[c]*shrink[c] + s[c] + s[c + 2];
+        state.ref[c] = ref;
+    }
+    return make_float2(shrink[0], shrink[1]);
+}
+
+// A batch of V octets of the four cells whose rows a lane holds
+template <int TYPE, int BATCH>
+static __device__ __forceinline__ void hylra_load_v(const hylra_attn & a, const uint8_t * v, const int (&cell)[4], int first, uint4 (&rows)[BATCH][4]) {
+    const int g = threadIdx.x%32/4, n_octet = a.n_embd_v/8;
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            rows[b][i] = hylra_octet_of<TYPE>(v, a.v_nb[1], cell[i], (first + b)*8 + g, n_octet);
+        }
+    }
+}
+
+// out[wide][4*first ...]: += V^T P^T
+template <int EMBD_V, int WIDE, int BATCH>
+static __device__ __forceinline__ void hylra_add_v(const uint4 (&rows)[BATCH][4], int first, const uint32_t (&p)[WIDE][2], float (&out)[WIDE][EMBD_V/16][4]) {
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+        const uint32_t * x[4] = { &rows[b][0].x, &rows[b][1].x, &rows[b][2].x, &rows[b][3].x };
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t a0 = __byte_perm(x[0][j], x[1][j], 0x5410), a1 = __byte_perm(x[0][j], x[1][j], 0x7632);
+            const uint32_t a2 = __byte_perm(x[2][j], x[3][j], 0x5410), a3 = __byte_perm(x[2][j], x[3][j], 0x7632);
+#pragma unroll
+            for (int w = 0; w < WIDE; ++w) {
+                hylra_mma(out[w][(first + b)*4 + j], a0, a1, a2, a3, p[w][0], p[w][1]);
+            }
+        }
+    }
+}
+
+// For pooling: peaks and weights of a tile of a select layer
+static __device__ __forceinline__ void hylra_store_weights(const hylra_cuda_job & job, size_t group, int first, const int (&cell)[2], const hylra_softmax & state, const uint32_t (&p)[2]) {
+    const int g = threadIdx.x%32/4, t = threadIdx.x%4, n_kv = job.attn.n_kv;
+    uint32_t * weights = (uint32_t *) (job.scratch + job.layout.weights) + group*n_kv*4;
+    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+        if (cell[half_tile] >= 0) {
+            weights[size_t(cell[half_tile])*4 + t] = p[half_tile];
+        }
+    }
+    if (g == 0) {
+        float2 * peaks = (float2 *) (job.scratch + job.layout.peaks) + group*hylra_ceil_div(n_kv, HYLRA_CUDA_TILE)*4;
+        peaks[first/HYLRA_CUDA_TILE*4 + t] = make_float2(state.ref[0], state.ref[1]);
+    }
+}
+
+static __device__ __forceinline__ size_t hylra_cuda_row(const hylra_attn & a, int stream, const hylra_column & column) {
+    return (size_t(stream)*a.n_tokens + column.token)*a.n_head + column.head;
+}
+
+static __device__ __forceinline__ void hylra_store_norm(const hylra_cuda_job & job, int chunk, int stream, const hylra_column & column, float ref, float sum) {
+    ((float2 *) (job.scratch + job.layout.norms))[hylra_cuda_row(job.attn, stream, column)*job.plan.n_chunk + chunk] = make_float2(ref, sum);
+}
+
+static __device__ __forceinline__ float * hylra_outputs(const hylra_cuda_job & job, int chunk, int stream, const hylra_column & column) {
+    return (float *) (job.scratch + job.layout.outputs) + (hylra_cuda_row(job.attn, stream, column)*job.plan.n_chunk + chunk)*job.attn.n_embd_v;
+}
+
+// Each warp has columns of its own: its state is the chunk's.
+template <int TYPE, int EMBD_V>
+static __device__ void hylra_store_split(const hylra_cuda_job & job, int chunk, int stream, const hylra_column (&columns)[2], const hylra_softmax & state, const float (&out)[EMBD_V/16][4]) {
+    const int g = threadIdx.x%32/4;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        if (columns[c].head < 0) {
+            continue;
+        }
+        float * to = hylra_outputs(job, chunk, stream, columns[c]);
+#pragma unroll
+        for (int m = 0; m < EMBD_V/16; ++m) {
+            for (int odd = 0; odd < 2; ++odd) {
+                const int d = hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + odd);
+                if (d < job.attn.n_embd_v) {
+                    to[d] = out[m][2*odd + c];
+                }
+            }
+        }
+        if (g == 0) {
+            hylra_store_norm(job, chunk, stream, columns[c], state.ref[c], state.sum[c]);
+        }
+    }
+}
+
+// The warps of a block have seen different cells: their states are brought to one reference and added. One group of columns.
+template <bool LISTED, int TYPE, int EMBD_V>
+static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk, int stream, int head_kv, int token0, int first_column, const hylra_softmax & state,
+                                          float (&out)[EMBD_V/16][4], float * shared /* [warps][8][EMBD_V + 1] */, float2 (*norms)[8] /* [warps] */) {
+    const int lane = threadIdx.x%32, warp = threadIdx.x/32, g = lane/4, t = lane%4;
+    constexpr int STRIDE = EMBD_V + 1;
+    __syncthreads();
+    if (g == 0) {
+        norms[warp][2*t]     = make_float2(state.ref[0], state.sum[0]);
+        norms[warp][2*t + 1] = make_float2(state.ref[1], state.sum[1]);
+    }
+#pragma unroll
+    for (int m = 0; m < EMBD_V/16; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            shared[(warp*8 + 2*t + i%2)*STRIDE + hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + i/2)] = out[m][i];
+        }
+    }
+    __syncthreads();
+    const int column_in_group = threadIdx.x/16, part = threadIdx.x%16; // 16 threads write one column
+    const hylra_column column = hylra_column_of<LISTED>(job.attn, job.plan, first_column + column_in_group, head_kv, token0);
+    if (column.head < 0) {
+        return;
+    }
+    float ref = -INFINITY, sum = 0.0f, factor[HYLRA_CUDA_WARPS];
+    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
+        ref = fmaxf(ref, norms[w][column_in_group].x);
+    }
+    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
+        factor[w] = ref == -INFINITY ? 0.0f : exp2f(norms[w][column_in_group].x - ref);
+        sum += factor[w]*norms[w][column_in_group].y;
+    }
+    float * to = hylra_outputs(job, chunk, stream, column);
+    for (int d = part; d < job.attn.n_embd_v; d += 16) {
+        float x = 0.0f;
+        for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
+            x += factor[w]*shared[(w*8 + column_in_group)*STRIDE + d];
+        }
+        to[d] = x;
+    }
+    if (part == 0) {
+        hylra_store_norm(job, chunk, stream, column, ref, sum);
+    }
+}
+
+// grid: (blocks of columns * chunks, KV heads, streams or with lists streams * tokens)
+template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, bool LISTED, bool SPLIT>
+static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128 ? 3 : 2) hylra_attend_kernel(const __grid_constant__ hylra_cuda_job job) {
+    constexpr int  Q_FRAGS = WIDE*EMBD_K; // of a warp (SPLIT) or of the block
+    constexpr int  V_BATCH = EMBD_V <= 128 ? EMBD_V/64 : 2;
+    constexpr bool V_EARLY = EMBD_V*WIDE <= 128; // V under way while K is computed: where registers allow
+    __shared__ uint4  q_frags[SPLIT ? HYLRA_CUDA_WARPS*Q_FRAGS : Q_FRAGS];
+    __shared__ float  merge[SPLIT ? 1 : HYLRA_CUDA_WARPS*8*(EMBD_V + 1)];
+    __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
+
+    hylra_await();
+    hylra_release();
+    const hylra_attn & a = job.attn;
+    const hylra_cuda_plan & p = job.plan;
+    const int lane = threadIdx.x%32, warp = threadIdx.x/32, t = lane%4;
+    const int block_column = blockIdx.x%p.n_block_column, chunk = blockIdx.x/p.n_block_column, head_kv = blockIdx.y;
+    const int stream = LISTED ? blockIdx.z/a.n_tokens : blockIdx.z, token0 = LISTED ? blockIdx.z%a.n_tokens : 0;
+    const int group0 = SPLIT ? block_column*HYLRA_CUDA_WARPS + warp : block_column*WIDE, column0 = group0*8;
+
+    hylra_column columns[WIDE][2];
+    hylra_softmax state[WIDE];
+    float out[WIDE][EMBD_V/16][4] = {};
+#pragma unroll
+    for (int w = 0; w < WIDE; ++w) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            columns[w][c] = hylra_column_of<LISTED>(a, p, column0 + 8*w + 2*t + c, head_kv, token0);
+            state[w].ref[c] = -INFINITY;
+            state[w].sum[c] = 0.0f;
+        }
+    }
+
+    const uint8_t * k = (const uint8_t *) a.k + head_kv*a.k_nb[2] + stream*a.k_nb[3];
+    const uint8_t * v = (const uint8_t *) a.v + head_kv*a.v_nb[2] + stream*a.v_nb[3];
+    const int32_t * list = LISTED ? (const int32_t *) a.cells + ((size_t(stream)*a.n_tokens + token0)*a.lists + job.head_list[head_kv])*a.n_cells : nullptr;
+    const int n_listed = LISTED ? a.n_cells : a.n_kv;
+    const int end = min((chunk + 1)*p.chunk_cells, n_listed);
+    const int step = SPLIT ? HYLRA_CUDA_TILE : HYLRA_CUDA_TILE*HYLRA_CUDA_WARPS;
+    int first = chunk*p.chunk_cells + (SPLIT ? 0 : warp*HYLRA_CUDA_TILE);
+
+    hylra_tile<WIDE> next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first, end);
+    uint4 * q = q_frags + (SPLIT ? warp*Q_FRAGS : 0);
+    hylra_stage_q<TYPE, EMBD_K, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q, SPLIT ? lane : threadIdx.x, SPLIT ? 32 : 32*HYLRA_CUDA_WARPS);
+    __syncthreads();
+    for (; first < end; first += step) {
+        hylra_tile<WIDE> tile = next;
+        next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first + step, end); // its mask arrives while this tile is computed
+        if (!hylra_tile_visible<WIDE, LISTED>(tile)) {
+            continue;
+        }
+        const int v_cell[4] = { __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t + 4),
+                                __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t + 4) };
+        float s[WIDE][4];
+        uint32_t weights[WIDE][2], p_frags[WIDE][2];
+        uint4 rows[V_BATCH][4];
+        if (V_EARLY) {
+            hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, 0, rows);
+        }
+        hylra_tile_logits<TYPE, EMBD_K, WIDE>(a, k, tile, q, s);
+#pragma unroll
+        for (int w = 0; w < WIDE; ++w) {
+            const float2 shrink = hylra_tile_weights(state[w], s[w]);
+            if (__any_sync(0xFFFFFFFFu, shrink.x != 1.0f || shrink.y != 1.0f)) {
+#pragma unroll
+                for (int m = 0; m < EMBD_V/16; ++m) {
+                    out[w][m][0] *= shrink.x;
+                    out[w][m][1] *= shrink.y;
+                    out[w][m][2] *= shrink.x;
+                    out[w][m][3] *= shrink.y;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                weights[w][i] = hylra_bits(__floats2half2_rn(s[w][2*i], s[w][2*i + 1]));
+                p_frags[w][i] = hylra_transpose(weights[w][i]);
+            }
+        }
+#pragma unroll
+        for (int octets = 0; octets < EMBD_V/64; octets += V_BATCH) {
+            if (!V_EARLY || octets > 0) {
+                hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, octets, rows);
+            }
+            hylra_add_v<EMBD_V, WIDE, V_BATCH>(rows, octets, p_frags, out);
+        }
+        if (!LISTED && job.select_lists) {
+#pragma unroll
+            for (int w = 0; w < WIDE; ++w) {
+                hylra_store_weights(job, (size_t(stream)*a.n_head_kv + head_kv)*p.n_group + group0 + w, first, tile.cell, state[w], weights[w]);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int w = 0; w < WIDE; ++w) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            for (int mask = 4; mask < 32; mask *= 2) {
+                state[w].sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state[w].sum[c], mask);
+            }
+        }
+        if constexpr (SPLIT) {
+            hylra_store_split<TYPE, EMBD_V>(job, chunk, stream, columns[w], state[w], out[w]);
+        } else {
+            hylra_store_merged<LISTED, TYPE, EMBD_V>(job, chunk, stream, head_kv, token0, column0 + 8*w, state[w], out[w], merge, norms);
+        }
+    }
+}
+
+// ---- launch
+
+template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, bool SPLIT> static void hylra_launch(const hylra_cuda_job & job, cudaStream_t stream) {
+    const hylra_attn & a = job.attn;
+    const dim3 grid(job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.cells ? a.n_stream*a.n_tokens : a.n_stream);
+    if (a.cells) {
+        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, true, SPLIT>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
+    } else {
+        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, false, SPLIT>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
+    }
+}
+
+template <int TYPE, int EMBD> static void hylra_launch_wide(const hylra_cuda_job & job, cudaStream_t stream) {
+    job.plan.wide == 2 ? hylra_launch<TYPE, EMBD, EMBD, 2, false>(job, stream) : hylra_launch<TYPE, EMBD, EMBD, 1, false>(job, stream);
+}
+
+template <int TYPE> static void hylra_attend_type(const hylra_cuda_job & job, cudaStream_t stream) {
+    const int n_embd = job.attn.n_embd_k > job.attn.n_embd_v ? job.attn.n_embd_k : job.attn.n_embd_v;
+    if (job.plan.split) {
+        hylra_launch<TYPE, 576, 512, 1, true>(job, stream);
+    } else if (n_embd <= 64) {
+        hylra_launch_wide<TYPE, 64>(job, stream);
+    } else if (n_embd <= 128) {
+        hylra_launch_wide<TYPE, 128>(job, stream);
+    } else {
+        hylra_launch_wide<TYPE, 256>(job, stream);
+    }
+}

@@ -1,0 +1,183 @@
+"""The engine on a CUDA device: against the CPU engine with the same policy, against stock, with the cache in host memory, as CUDA graphs.
+
+Needs a library built with -DGGML_CUDA=ON and a GPU, so continuous integration skips all of it; tools/gpu.sh runs it. What can be checked
+without a GPU is in test_kernels.py (radix selection), test_cuda_plan.py (launch arithmetic, compilation) and test_apply.py (hooks).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import Session, full_like, policy, random_tokens, silence, write_tiny_model
+
+from hylra_gguf import engine
+
+api = engine.activate()
+api.llama_backend_init()
+silence(api)
+
+
+def has_gpu() -> bool:
+    return bool(list(Path("/proc/driver/nvidia/gpus").glob("*"))) and bool(api.llama_supports_gpu_offload())
+
+
+pytestmark = pytest.mark.skipif(not has_gpu(), reason="no CUDA device, or a library without CUDA")
+
+N_PAST, N_STEPS, ON_GPU = 700, 12, dict(n_gpu_layers=99)
+KINDS = {
+    "f16, head 64, group 2": ({}, {}),
+    "head 128, group 5": (dict(n_head=10, n_head_kv=2, n_embd_head=128), {}),
+    "head 80, group 4": (dict(n_head=4, n_head_kv=1, n_embd_head=80), {}),
+    "head 256, group 16": (dict(n_head=16, n_head_kv=1, n_embd_head=256), {}),
+    "bf16": ({}, dict(type_k=30, type_v=30)),
+    "q8_0": ({}, dict(type_k=8, type_v=8)),
+    "q4_0": ({}, dict(type_k=2, type_v=2)),
+    "f32": ({}, dict(type_k=0, type_v=0)),
+}
+
+
+def divergence(got: np.ndarray, want: np.ndarray) -> float:
+    """Mean KL divergence of the predictions, nats"""
+    def log_softmax(x):
+        x = x.astype(np.float64) - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    log_p, log_q = log_softmax(want), log_softmax(got)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+
+
+def run(model, p, n_past=N_PAST, **session):
+    """(logits of N_STEPS steps under a policy, status of the engine)"""
+    with Session(model, **session) as s:
+        s.prefill(random_tokens(n_past))
+        engine.set_policy(s.ctx, p)
+        return s.steps(random_tokens(N_STEPS, 9), n_past), engine.status(s.ctx)
+
+
+def assert_close(gpu, cpu, dense, apart=0.0):
+    """Matrix products differ too (TF32 on a GPU), and this model is sharp: what counts is the error beside what the policy itself changes
+    and, for quantised caches, beside how far apart dense predictions of the two backends are."""
+    assert divergence(gpu, cpu) < max(1e-4, divergence(cpu, dense) / 20, 2 * apart)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.mark.parametrize("lists", ["shared", "per head"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gpu_predicts_what_the_cpu_predicts(tmp_path, kind, lists):
+    shape, cache = KINDS[kind]
+    model, heads = write_tiny_model(tmp_path / "m.gguf", **shape), shape.get("n_head_kv", 2)
+    p = policy("SRSR", head_kv_count=heads, lists=heads if lists == "per head" else 1, top_k=128)
+    gpu, on_gpu = run(model, p, **cache, **ON_GPU)
+    cpu, on_cpu = run(model, p, **cache)
+    assert on_gpu["sparse_steps"] == on_cpu["sparse_steps"] == N_STEPS and on_gpu["left_to_stock"] == {}
+    dense = run(model, full_like(p), **cache)[0]
+    assert_close(gpu, cpu, dense, divergence(run(model, None, **cache, **ON_GPU)[0], dense))
+    assert on_gpu["captured_mass"] == pytest.approx(on_cpu["captured_mass"], rel=1e-2)
+
+
+def test_top_k_that_covers_everything_equals_full(tiny):
+    with Session(tiny, **ON_GPU) as s:
+        s.prefill(random_tokens(N_PAST))
+        logits = {}
+        for name, p in (("all", policy("SRSR", top_k=4096)), ("full", full_like(policy("SRSR"))), ("stock", None)):
+            engine.set_policy(s.ctx, p)
+            logits[name] = s.steps(random_tokens(N_STEPS, 9), N_PAST)
+            s.rewind(N_PAST)
+            assert engine.status(s.ctx)["on"] == (p is not None)
+    np.testing.assert_array_equal(logits["full"], logits["stock"])  # on a GPU a full layer is llama.cpp's own
+    assert divergence(logits["all"], logits["stock"]) < 1e-5
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["one cell space", "streams"])
+def test_sequences_and_several_tokens_of_each(tiny, unified):
+    p, tokens, logits = policy("SRSR", lists=2), random_tokens(80, 3), []
+    for place, p in ((ON_GPU, p), ({}, p), ({}, full_like(p))):
+        with Session(tiny, n_ctx=3072, n_seq_max=3, unified=unified, **place) as s:
+            for seq in range(3):
+                s.prefill(random_tokens(400 + 100*seq, seq), seq)
+            engine.set_policy(s.ctx, p)
+            logits.append(np.concatenate([s.decode([(tokens[3*i + seq], 400 + 100*seq + 3*step + i, seq) for seq in range(3) for i in range(3)])
+                                          for step in range(4)]))
+            assert engine.status(s.ctx)["sparse_steps"] == 4
+    assert_close(*logits)
+
+
+def test_whole_blocks(tiny):
+    p = policy("SRSR", block_size=16, top_k=160)
+    assert_close(run(tiny, p, **ON_GPU)[0], run(tiny, p)[0], run(tiny, full_like(p))[0])
+
+
+def test_a_cache_in_host_memory_is_served_by_the_cpu_next_to_it(tiny):
+    p = policy("SRSR")
+    got, status = run(tiny, p, kv_on_gpu=False, **ON_GPU)
+    want, on_cpu = run(tiny, p)
+    assert status["sparse_steps"] == N_STEPS and status["left_to_stock"] == {}
+    assert_close(got, want, run(tiny, full_like(p))[0])
+    assert status["captured_mass"] == pytest.approx(on_cpu["captured_mass"], rel=1e-3)
+
+
+def test_layers_on_both_sides_share_a_selection(tiny):
+    p = policy("SRRR")
+    got, status = run(tiny, p, n_gpu_layers=3)  # the first layers stay on the CPU, their list crosses
+    assert status["left_to_stock"] == {}
+    assert_close(got, run(tiny, p)[0], run(tiny, full_like(p))[0])
+
+
+def test_a_new_policy_is_not_served_by_an_old_graph(tiny):
+    one, other = policy("SRRR", lists=2, head_map=[0, 1]*4), policy("SRRR", lists=2, head_map=[0, 1] + [1, 0]*3)
+    fresh = [run(tiny, p, **ON_GPU)[0] for p in (one, other)]
+    with Session(tiny, **ON_GPU) as s:
+        s.prefill(random_tokens(N_PAST))
+        for p, want in zip((one, other, one), (*fresh, fresh[0])):
+            engine.set_policy(s.ctx, p)
+            np.testing.assert_array_equal(s.steps(random_tokens(N_STEPS, 9), N_PAST), want)
+            s.rewind(N_PAST)
+
+
+def test_steps_are_replayed_as_cuda_graphs(tiny, capfd):
+    lines = []
+    callback = api.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
+    api.llama_log_set(callback, ctypes.c_void_p())
+    try:
+        with Session(tiny, **ON_GPU) as s:
+            api.llama_log_set(callback, ctypes.c_void_p())
+            s.prefill(random_tokens(N_PAST))
+            engine.set_policy(s.ctx, policy("SRSR"))
+            lines.clear()
+            s.steps(random_tokens(40, 9), N_PAST)
+    finally:
+        silence(api)
+        test_steps_are_replayed_as_cuda_graphs.alive = callback  # llama.cpp may keep the pointer
+    captured = sum("graph warmup complete" in line for line in lines)
+    reset = sum("graph warmup reset" in line for line in lines)
+    print(f"CUDA graphs: {captured} captured, {reset} given up in 40 steps")
+    assert captured >= 1 and reset == 0
+
+
+@pytest.mark.skipif(not os.environ.get("HYLRA_TEST_MODEL"), reason="HYLRA_TEST_MODEL names no model file")
+@pytest.mark.parametrize("depth", [1500, 6000])
+def test_a_real_model(depth):
+    model = os.environ["HYLRA_TEST_MODEL"]
+    with Session(model, n_ctx=64) as s:
+        api_model = s.model
+        layers, heads = api.llama_model_n_layer(api_model), api.llama_model_n_head_kv(api_model)
+    p = policy("F" + "S" + "R"*6 + "S" + "R"*(layers - 9), head_kv_count=heads, top_k=512, min_context=1024)
+    both = []
+    for place in (ON_GPU, {}):
+        with Session(model, n_ctx=depth + 256, n_threads=8, **place) as s:
+            for start in range(0, depth, 512):
+                part = random_tokens(depth)[start:start + 512]
+                s.decode([(token, start + i, 0) for i, token in enumerate(part)])
+            engine.set_policy(s.ctx, p)
+            both.append((s.steps(random_tokens(N_STEPS, 9), depth), engine.status(s.ctx)))
+    print(f"KL divergence of CUDA from CPU: {divergence(both[0][0], both[1][0]):.1e}")
+    assert divergence(both[0][0], both[1][0]) < 1e-4
+    assert both[0][1]["captured_mass"] == pytest.approx(both[1][1]["captured_mass"], rel=1e-2)

@@ -1,0 +1,71 @@
+"""What of the CUDA engine can be checked without a GPU: how work is cut and scratch laid out, and that every kernel compiles from sm_75 on."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "ggml_patch" / "src"
+
+# Prints one line per shape: plan, layout, and whether every (row, cell) is covered once
+PROGRAM = r"""
+#include "hylra-cuda-plan.h"
+#include <cstdio>
+int main() {
+    const int sizes[][2] = { { 64, 64 }, { 128, 128 }, { 192, 128 }, { 256, 256 }, { 576, 512 } };
+    for (auto & size : sizes)
+    for (int group : { 1, 4, 5, 8, 9, 16, 128 })
+    for (int heads_kv : { 1, 8 })
+    for (int tokens : { 1, 3, 64 })
+    for (int streams : { 1, 8 })
+    for (int n_kv : { 1, 256, 61440, 131072 })
+    for (int listed = 0; listed < 2; ++listed) {
+        hylra_attn a = {};
+        a.n_embd_k = size[0], a.n_embd_v = size[1], a.n_head = group*heads_kv, a.n_head_kv = heads_kv;
+        a.n_kv = n_kv, a.n_tokens = tokens, a.n_stream = streams;
+        const int n = listed && n_kv > 2048 ? 2048 : n_kv;
+        const hylra_cuda_plan p = hylra_cuda_plan_of(a, n, listed);
+        const hylra_cuda_layout l = hylra_cuda_layout_of(a, p, listed ? 0 : heads_kv);
+        const long rows = long(a.n_head)*tokens*streams, groups = listed ? 0 : long(p.n_group)*heads_kv*streams;
+        const bool columns = p.n_group*8 >= p.n_column && (p.n_block_column - 1)*(p.split ? 4 : p.wide)*8 < p.n_column;
+        const bool cells   = p.n_chunk >= 1 && p.n_chunk <= HYLRA_CUDA_MAX_CHUNKS && long(p.n_chunk)*p.chunk_cells >= n && long(p.n_chunk - 1)*p.chunk_cells < n;
+        const bool tiles   = p.chunk_cells % (p.split ? 16 : 64) == 0 && !(p.split && p.wide > 1);
+        const bool order   = l.norms >= size_t(rows*p.n_chunk*size[1]*4) && l.totals - l.norms >= size_t(rows*p.n_chunk*8) && l.peaks - l.totals >= size_t(rows*8) &&
+                             l.weights - l.peaks >= size_t(groups*((n_kv + 15)/16)*32) && l.bins - l.weights >= size_t(groups*n_kv*16) && l.size >= l.bins;
+        const bool aligned = (l.norms | l.totals | l.peaks | l.weights | l.bins) % 128 == 0;
+        if (!(columns && cells && tiles && order && aligned)) {
+            printf("size %d/%d group %d heads_kv %d tokens %d streams %d n_kv %d listed %d: columns %d cells %d tiles %d order %d aligned %d\n",
+                   size[0], size[1], group, heads_kv, tokens, streams, n_kv, listed, columns, cells, tiles, order, aligned);
+        }
+    }
+    return 0;
+}
+"""
+
+
+def compiled(tmp_path: Path, program: str) -> str:
+    source, binary = tmp_path / "program.cpp", tmp_path / "program"
+    source.write_text(program)
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Wno-misleading-indentation", "-Werror", f"-I{SOURCES}", str(source), "-o", str(binary)], check=True)
+    return subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_every_column_and_cell_has_its_place_in_every_shape(tmp_path):
+    assert compiled(tmp_path, PROGRAM) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("source", ["hylra-cuda.cu", "hylra-cuda-select.cu", "hylra-cuda-choose.cu", "hylra-cuda-q8_0.cu"])
+def test_kernels_compile_for_turing_and_hopper(tmp_path, source):
+    """A type stands for all: the kernels of one template. Continuous integration has no nvcc and skips this."""
+    ggml = next(ROOT.glob("build/*/llama.cpp/ggml/include"), None)
+    assert ggml, "build the engine first: the kernels include ggml.h"
+    for arch in ("sm_75", "sm_90"):
+        subprocess.run(["nvcc", "-std=c++17", f"-arch={arch}", f"-I{SOURCES}", f"-I{ggml}", "-c", str(SOURCES / source), "-o", str(tmp_path / "k.o")],
+                       check=True)
