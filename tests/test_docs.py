@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import cuda_tables
 import trust_tables
 from accuracy_tables import rendered
 from speed_tables import table
@@ -38,3 +39,8 @@ def test_trust_names_nothing_that_is_not_there(line):
 def test_tables_of_accuracy_are_the_committed_results(path):
     text = path.read_text()
     assert "<!-- losses: " in text and rendered(text) == text
+
+
+@pytest.mark.parametrize("make", [cuda_tables.decode, cuda_tables.kernels, cuda_tables.averages], ids=lambda make: make.__name__)
+def test_tables_of_cuda_are_the_committed_results(make):
+    assert "\n".join(make(ROOT / "docs" / "cuda")) in (ROOT / "docs" / "cuda.md").read_text()
