@@ -15,6 +15,7 @@ SOURCES = ROOT / "ggml_patch" / "src"
 PROGRAM = r"""
 #include "hylra-cuda-plan.h"
 #include <cstdio>
+#include <initializer_list>
 int main() {
     const int sizes[][2] = { { 64, 64 }, { 128, 128 }, { 192, 128 }, { 256, 256 }, { 576, 512 } };
     for (auto & size : sizes)
