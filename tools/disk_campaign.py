@@ -27,6 +27,7 @@ from hylra_gguf.policy import Policy
 CLI = [sys.executable, "-m", "hylra_gguf"]
 POLICY = Policy((1, 2, 2, 1), (0, 0, 0, 3), 2)
 MODEL_BYTES = 6 << 20  # on disks of 16 MB
+SETTLE_S = 2.0         # nobody pays for the blocks that another arm has dirtied or freed
 
 
 def write_model(path: Path, data_bytes: int, sparse: bool = False) -> None:
@@ -112,11 +113,13 @@ def beside_cp(folder: Path, policy: Path, size_bytes: int, repetitions: int) -> 
     seconds = {arm: [] for arm in arms}
     for _ in range(repetitions + 1):
         for arm, command in arms.items():
-            subprocess.run(["sync"], check=True)  # nobody pays for another arm's dirty pages
-            seconds[arm].append(timed(command)[0])
             copy.unlink(missing_ok=True)
+            subprocess.run(["sync"], check=True)
+            time.sleep(SETTLE_S)
+            seconds[arm].append(timed(command)[0])
     medians = {arm: statistics.median(values[1:]) for arm, values in seconds.items()}
     model.unlink()
+    copy.unlink(missing_ok=True)
     return {"bytes": size_bytes, "repetitions": repetitions, **{f"{arm}_s": round(value, 2) for arm, value in medians.items()},
             "all_s": {arm: [round(value, 2) for value in values[1:]] for arm, values in seconds.items()},
             **{f"{arm}_of_{base}": round(medians[arm] / medians[base], 2) for arm in ("embed", "strip") for base in ("cp", "cp_sync")}}

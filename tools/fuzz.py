@@ -3,8 +3,9 @@
     python tools/fuzz.py policy --runs 10000000 > docs/trust-fuzz-policy.json
     python tools/fuzz.py header --runs 1000000 > docs/trust-fuzz-header.json
 
-Starts from tests/corpus/TARGET.tar.xz and tests/corpus/TARGET/ (inputs that once crashed), and writes the corpus back, minimised. Needs clang
-with libFuzzer or `pip install atheris`, and a build tree of the engine (`make test` leaves one). An input that crashes ends it with code 1.
+Starts from tests/corpus/TARGET.tar.xz and tests/corpus/TARGET/ (inputs that once crashed, and some that must be accepted), and writes
+the corpus back, minimised. Needs clang with libFuzzer or `pip install atheris`, and a build tree of the engine (`make test` leaves one).
+An input that crashes ends it with code 1.
 """
 
 from __future__ import annotations
