@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import cuda_tables
+import kernel_rows
 import trust_tables
 from accuracy_tables import rendered
 from speed_tables import table
@@ -44,3 +45,7 @@ def test_tables_of_accuracy_are_the_committed_results(path):
 @pytest.mark.parametrize("make", [cuda_tables.decode, cuda_tables.kernels, cuda_tables.averages], ids=lambda make: make.__name__)
 def test_tables_of_cuda_are_the_committed_results(make):
     assert "\n".join(make(ROOT / "docs" / "cuda")) in (ROOT / "docs" / "cuda.md").read_text()
+
+
+def test_the_table_of_one_layer_is_the_committed_result():
+    assert kernel_rows.table(json.loads((ROOT / "docs" / "kernels.json").read_text())) in (ROOT / "docs" / "speed.md").read_text()
