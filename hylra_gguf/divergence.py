@@ -32,7 +32,7 @@ class Divergence:
 def dense_policy(policy: Policy) -> Policy:
     """Our dense kernel in every layer, from the first token on."""
     n = policy.layer_count
-    return replace(policy, layer_mode=(FULL,) * n, layer_source=(-1,) * n, head_map=None, layer_top_k=None, min_context=0,
+    return replace(policy, layer_mode=(FULL,) * n, layer_source=(-1,) * n, head_map=None, layer_top_k=None, sparse_select=None, min_context=0,
                    overlap=None, sensitivity=None)
 
 

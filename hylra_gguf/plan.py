@@ -47,7 +47,7 @@ class View:
 
 def plan_policy(profile: Profile, strategy: str = "hylra", *, top_k: int | None = None, top_k_fraction: float | None = None,
                 lists: str | None = None, similarity: str = "recall", statistic: str = "mean",
-                max_sensitivity: float | None = None, sink: int | None = None, recent: int | None = None, block_size: int = 1,
+                max_sensitivity: float | None = None, select: str = "sparse", sink: int | None = None, recent: int | None = None, block_size: int = 1,
                 **flags) -> Policy:
     """flags: those of the strategy (see flags.STRATEGIES); the rest goes into the policy as it is (min_context).
 
@@ -68,6 +68,7 @@ def plan_policy(profile: Profile, strategy: str = "hylra", *, top_k: int | None 
         **layers_of(plan.sources), head_kv_count=profile.head_kv_count, lists=1 if view.lists == "layer" else profile.head_kv_count,
         head_map=head_maps(profile, plan.sources, ks, head_map) if view.lists == "head" else None,
         top_k=top_k, top_k_fraction=top_k_fraction, layer_top_k=layer_top_k(len(plan.sources), ks),
+        sparse_select=sparse_selects(plan.sources, view.sensitivity(top_k), sparse_bound(select, max_sensitivity)),
         sink_tokens=sink, recent_tokens=recent, block_size=block_size, **evidence(view, plan, top_k, ks),
         tool=tool_line(strategy, own, plan), calibration=profile.calibration(), theta=plan.theta, similarity=similarity, **flags)
 
@@ -110,6 +111,13 @@ def sensitivity_bound(max_sensitivity: float | None, strategy: str) -> float:
     return max_sensitivity
 
 
+def sparse_bound(select: str, max_sensitivity: float | None) -> float:
+    """Sensitivity up to which a select layer attends to nothing but its own selection"""
+    if select not in ("sparse", "dense"):
+        raise PolicyError(f"--select {select}: expected sparse or dense")
+    return -math.inf if select == "dense" else DEFAULT_MAX_SENSITIVITY if max_sensitivity is None else max_sensitivity
+
+
 def make_problem(view: View, top_k: int, bound: float, weights: str | None) -> Problem:
     """Layer 0 has no earlier layer; a layer that its own top-k cells already distort must not take another's."""
     eligible = np.array(view.profile.eligible, bool)
@@ -131,6 +139,12 @@ def edge_weights(profile: Profile, weights: str | None, eligible: np.ndarray) ->
 
 
 # -- from the plan to the policy --------------------------------------------------------------------------------------
+
+
+def sparse_selects(sources: Sequence[int], sensitivity: Sequence[float], bound: float) -> list[int] | None:
+    """[n_layer]: 1 for a select layer whose own cells do for it; None if there is none"""
+    found = [int(source == layer and sensitivity[layer] <= bound) for layer, source in enumerate(sources)]
+    return found if any(found) else None
 
 
 def layers_of(sources: list[int]) -> dict:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .divergence import Divergence, Judge
 from .forward import cpu_count
-from .plan import summary
+from .plan import DEFAULT_MAX_SENSITIVITY, sparse_selects, summary
 from .policy import FULL, REUSE, SELECT, Policy
 from .profile_data import Profile
 from .session import Model
@@ -67,10 +67,11 @@ def with_sources(policy: Policy, sources: list[int]) -> Policy:
     used = {s for layer, s in enumerate(sources) if s != layer}
     modes = [REUSE if s not in (-1, layer) else SELECT if layer in used else FULL for layer, s in enumerate(sources)]
     sources = [-1 if mode == FULL else s for mode, s in zip(modes, sources)]
+    sparse = sparse_selects(sources, policy.sensitivity or [0.0] * len(sources), DEFAULT_MAX_SENSITIVITY) if policy.sparse_select else None
     budgets = policy.layer_top_k
     if budgets:
         budgets = [(budgets[layer] or policy.top_k) if mode == SELECT else 0 for layer, mode in enumerate(modes)]
-    return with_budgets(replace(policy, layer_mode=tuple(modes), layer_source=tuple(sources), layer_top_k=None), budgets)
+    return with_budgets(replace(policy, layer_mode=tuple(modes), layer_source=tuple(sources), layer_top_k=None, sparse_select=sparse), budgets)
 
 
 def with_budgets(policy: Policy, budgets: list[int] | None) -> Policy:
