@@ -78,7 +78,7 @@ def add_policy_flags(group: Any) -> None:
     group.add_argument("--statistic", choices=("mean", "low"), help="the similarity's mean over samples, or a low quantile")
     group.add_argument("--max-sensitivity", type=number(0, math.inf), metavar="X", help="layers above it never reuse, and attend densely when they select")
     group.add_argument("--select", choices=("sparse", "dense"),
-                       help="what a select layer attends to: its own selection, unless it is sensitive (default), or all cells")
+                       help="what dense layers attend to: their own selection unless they are sensitive (default of hylra, count, bottleneck), or all cells")
 
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:

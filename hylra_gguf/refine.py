@@ -63,15 +63,23 @@ def evidence(policy: Policy) -> np.ndarray:
 
 
 def with_sources(policy: Policy, sources: list[int]) -> Policy:
-    """The same policy with other sources; a select layer that nobody reuses becomes full. Keeps the budgets of layers that still select."""
-    used = {s for layer, s in enumerate(sources) if s != layer}
+    """The same policy with other sources; a select layer that nobody reuses becomes full, unless its own cells do for it.
+
+    Keeps the budgets of layers that still select.
+    """
+    calm = [bool(policy.sparse_select) and takes_part_sparsely(policy, layer) for layer in range(policy.layer_count)]
+    used = {s for layer, s in enumerate(sources) if s != layer or (s != -1 and calm[layer])}
     modes = [REUSE if s not in (-1, layer) else SELECT if layer in used else FULL for layer, s in enumerate(sources)]
     sources = [-1 if mode == FULL else s for mode, s in zip(modes, sources)]
-    sparse = sparse_selects(sources, policy.sensitivity or [0.0] * len(sources), DEFAULT_MAX_SENSITIVITY) if policy.sparse_select else None
+    sparse = sparse_selects(sources, calm)
     budgets = policy.layer_top_k
     if budgets:
         budgets = [(budgets[layer] or policy.top_k) if mode == SELECT else 0 for layer, mode in enumerate(modes)]
     return with_budgets(replace(policy, layer_mode=tuple(modes), layer_source=tuple(sources), layer_top_k=None, sparse_select=sparse), budgets)
+
+
+def takes_part_sparsely(policy: Policy, layer: int) -> bool:
+    return bool(policy.sparse_select[layer]) or (policy.sensitivity or [0.0] * policy.layer_count)[layer] <= DEFAULT_MAX_SENSITIVITY
 
 
 def with_budgets(policy: Policy, budgets: list[int] | None) -> Policy:

@@ -35,7 +35,7 @@ def test_the_default_theta_is_the_strictest_that_leaves_a_third_dense(near, deca
 
 
 def test_the_default_theta_of_a_model_that_cannot_reuse_is_the_loosest():
-    policy = plan.plan_policy(make_profile(np.zeros((6, 6))))
+    policy = plan.plan_policy(make_profile(np.zeros((6, 6))), select="dense")
     assert (policy.layer_map(), policy.theta) == ("FFFFFF", 0.5)
 
 
@@ -156,7 +156,7 @@ def test_importance_decides_which_layers_reuse():
     profile = make_profile(similarity)
     for half in ("fit", "heldout"):
         profile.arrays[f"importance.{half}"] = np.array([0.1, 0.9, 0.1])
-    assert plan.plan_policy(profile, "count", count=2).layer_source == (0, 0, -1)
+    assert plan.plan_policy(profile, "count", count=2, select="dense").layer_source == (0, 0, -1)
     assert plan.plan_policy(profile, "count", count=2, weights="importance").layer_source == (0, -1, 0)
     profile.arrays["importance.fit"][1] = np.nan
     with pytest.raises(PolicyError, match="no importance of some layers"):
