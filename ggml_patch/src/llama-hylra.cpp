@@ -361,6 +361,7 @@ ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q,
     hylra_layer_state state = judge(input, graph, q, k, v, kq_mask, n_kv_max, il);
     ggml_tensor * out = nullptr;
     if (state == HYLRA_LAYER_SERVED) {
+        llama_hylra_want_kept_mask(kq_mask);
         const ggml_backend_dev_t device = place_of(k, v).device;
         if (device && input.policy->layer_mode[il] == HYLRA_FULL) {
             input.layer_states[il] = state;

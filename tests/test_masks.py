@@ -1,0 +1,165 @@
+"""The mask that a sparse step gets from kept rows is llama.cpp's own, bit for bit, whatever its cache has lived through."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+from architectures import ARCHITECTURES, write_architecture
+from reference import tensor
+from support import random_tokens
+from test_graphs import GgmlTensor
+from test_life_cycle import KINDS, SCENARIOS, Arm, policy_for, possible
+
+from hylra_gguf import engine
+
+engine.activate()
+MASK_SOURCE, KEPT_PARAM = 3, 1  # src of an attention node; op_params of a mask
+N_SEQ, N_OPS = 4, 60
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masks")
+    return {kind: write_architecture(folder / f"{kind}.gguf", ARCHITECTURES[name]) for kind, (name, _, _) in KINDS.items()}
+
+
+class Masks:
+    """(layer, mask, whether it came from kept rows) of every attention node in the steps of an Arm"""
+
+    def __init__(self):
+        self.raw = engine.ffi.new("struct hylra_attn *")
+        self.steps = []
+
+    def forget(self):
+        self.steps.append([])
+
+    def callback(self, node, ask, data):
+        kind = engine.lib.hylra_trace_node(engine.ffi.cast("struct ggml_tensor *", node), self.raw)
+        wanted = kind in (engine.TRACE_STOCK, engine.TRACE_ATTEND)
+        if wanted and not ask and self.steps:
+            address = ctypes.cast(node, ctypes.c_void_p).value
+            mask = GgmlTensor.from_address(GgmlTensor.from_address(address).src[MASK_SOURCE])
+            a = self.raw
+            rows = tensor(a.mask, np.uint16, (a.n_stream, 1, a.n_tokens, a.n_kv), a.mask_nb)
+            self.steps[-1].append((a.layer, rows, mask.op_params[KEPT_PARAM] == 1))
+        return wanted if ask else True
+
+
+class MaskArm(Arm):
+    """Records the masks of steps, not those of prefills, which run stock."""
+
+    def __init__(self, model, p, **context):
+        self.masks = Masks()
+        super().__init__(model, p, **{"eval_callback": self.masks.callback, **context})
+
+    def step(self, *entries):
+        self.masks.forget()
+        super().step(*entries)
+        done, self.masks.steps[-1] = self.masks.steps[-1], []
+        self.masks.steps[-1] = tuple(done)  # closed: a later prefill must not add to it
+
+    def prefill(self, *args, **kwargs):
+        kept, self.masks.steps = self.masks.steps, []
+        super().prefill(*args, **kwargs)
+        self.masks.steps = kept
+
+
+def run(model, p, happens, context):
+    with MaskArm(model, p, **context) as arm:
+        happens(arm)
+        return arm.masks.steps
+
+
+def check_masks(model, kind, happens, context):
+    """The share of masks that came from kept rows"""
+    got, want = run(model, policy_for(kind), happens, context), run(model, None, happens, context)
+    assert len(got) == len(want) > 0
+    kept = []
+    for step, stock in zip(got, want):
+        assert len(step) == len(stock) > 0
+        for (_, rows, from_kept), (_, stock_rows, stock_kept) in zip(step, stock):
+            np.testing.assert_array_equal(rows, stock_rows)
+            assert not stock_kept
+            kept.append(from_kept)
+    return np.mean(kept)
+
+
+# ALiBi's mask holds distances, that of sliding windows hides old cells: both are filled the stock way
+KEPT_SHARE = {"RoPE": 1, "ALiBi": 0, "MLA": 1, "sliding window": 0.5, "hybrid": 1}
+CASES = [(name, kind) for name in SCENARIOS for kind in KEPT_SHARE if possible(name, kind) and (kind == "RoPE" or "streams" in name)]
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_masks_of_sparse_steps_are_those_of_stock(models, name, kind):
+    happens, context = SCENARIOS[name]
+    assert check_masks(models[kind], kind, happens, context) == KEPT_SHARE[kind]
+
+
+class Life:
+    """Random calls of llama.cpp's memory API, the same for every arm, and a step of some sequences after each."""
+
+    def __init__(self, seed: int, unified: bool):
+        self.seed, self.unified = seed, unified
+
+    def __call__(self, a):
+        self.a, self.rng = a, np.random.default_rng(self.seed)
+        for seq in range(N_SEQ):
+            a.prefill(random_tokens(300 + 17 * seq, seq), seq)
+        calls = [self.cut, self.cut_out, self.copy, self.shift, self.halve, self.clear_one, self.batch]
+        for _ in range(N_OPS):
+            calls[self.rng.integers(len(calls))](int(self.rng.integers(N_SEQ)))
+            self.step()
+
+    def end(self, seq):
+        return self.a.api.llama_memory_seq_pos_max(self.a.memory, seq) + 1
+
+    def step(self):
+        """One token each of a random choice of sequences"""
+        seqs = np.flatnonzero(self.rng.random(N_SEQ) < 0.6)
+        ends = [(seq, self.end(int(seq))) for seq in map(int, seqs)]
+        entries = [(int(seq), end, seq) for seq, end in ends if 0 < end < 900]
+        if entries:
+            self.a.step(*entries)
+
+    def cut(self, seq):
+        self.a.remove(seq, max(1, self.end(seq) - int(self.rng.integers(1, 20))))
+
+    def cut_out(self, seq):
+        begin = int(self.rng.integers(0, max(1, self.end(seq) - 30)))
+        self.a.remove(seq, begin, begin + 20)
+
+    def shift(self, seq):
+        """A hole in the middle is closed, as context shift does."""
+        if self.end(seq) > 100:
+            self.a.remove(seq, 40, 60)
+            self.a.api.llama_memory_seq_add(self.a.memory, seq, 60, -1, -20)
+
+    def halve(self, seq):
+        if self.unified and self.end(seq) > 200:
+            self.a.api.llama_memory_seq_div(self.a.memory, seq, 0, -1, 2)
+
+    def copy(self, seq):
+        other = (seq + 1) % N_SEQ
+        if self.end(seq) > 0:
+            self.a.remove(other)
+            self.a.api.llama_memory_seq_cp(self.a.memory, seq, other, -1, -1)
+
+    def clear_one(self, seq):
+        self.a.remove(seq)
+        self.a.prefill(random_tokens(280, seq), seq)
+
+    def batch(self, seq):
+        """A draft of several tokens, half of it taken back"""
+        end = self.end(seq)
+        if 0 < end < 900:
+            self.a.step(*((i, end + i, seq) for i in range(6)))
+            self.a.remove(seq, end + 3)
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["one cache", "streams"])
+@pytest.mark.parametrize("seed", range(3))
+def test_masks_after_random_calls_are_those_of_stock(models, seed, unified):
+    context = dict(n_ctx=1024 * N_SEQ, n_seq_max=N_SEQ, unified=unified)
+    assert check_masks(models["RoPE"], "RoPE", Life(seed, unified), context) > 0.9
