@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, write_architecture
+from architectures import ARCHITECTURES, SIZES, write_architecture
 from reference import tensor
-from support import random_tokens
+from support import policy, random_tokens
 from test_graphs import GgmlTensor
 from test_life_cycle import KINDS, SCENARIOS, Arm, policy_for, possible
 
@@ -72,9 +73,9 @@ def run(model, p, happens, context):
         return arm.masks.steps
 
 
-def check_masks(model, kind, happens, context):
+def check_masks(model, p, happens, context):
     """The share of masks that came from kept rows"""
-    got, want = run(model, policy_for(kind), happens, context), run(model, None, happens, context)
+    got, want = run(model, p, happens, context), run(model, None, happens, context)
     assert len(got) == len(want) > 0
     kept = []
     for step, stock in zip(got, want):
@@ -94,7 +95,7 @@ CASES = [(name, kind) for name in SCENARIOS for kind in KEPT_SHARE if possible(n
 @pytest.mark.parametrize("name, kind", CASES)
 def test_masks_of_sparse_steps_are_those_of_stock(models, name, kind):
     happens, context = SCENARIOS[name]
-    assert check_masks(models[kind], kind, happens, context) == KEPT_SHARE[kind]
+    assert check_masks(models[kind], policy_for(kind), happens, context) == KEPT_SHARE[kind]
 
 
 class Life:
@@ -162,4 +163,47 @@ class Life:
 @pytest.mark.parametrize("seed", range(3))
 def test_masks_after_random_calls_are_those_of_stock(models, seed, unified):
     context = dict(n_ctx=1024 * N_SEQ, n_seq_max=N_SEQ, unified=unified)
-    assert check_masks(models["RoPE"], "RoPE", Life(seed, unified), context) > 0.9
+    assert check_masks(models["RoPE"], policy_for("RoPE"), Life(seed, unified), context) > 0.9
+
+
+# ---- pictures: cells of one position, ordered by row and column
+
+PICTURE = (3, 2)  # columns, rows
+PICTURE_POLICY = policy("SRRS")
+
+
+def write_picture_model(path):
+    a = ARCHITECTURES["qwen2"]
+    return write_architecture(path, replace(a, arch="qwen2vl", keys={**a.keys, "rope.dimension_sections": [4, 6, 6, 0]}))
+
+
+def see_picture(a, first_pos: int):
+    """One batch of embeddings, all at the same position, as the M-RoPE models get a picture"""
+    columns, rows = PICTURE
+    n, width = columns * rows, SIZES["E"]
+    batch = a.api.llama_batch_init(n, width, 1)
+    positions = np.concatenate([np.full(n, first_pos), first_pos + np.arange(n) // columns, first_pos + np.arange(n) % columns, np.zeros(n)]).astype(np.int32)
+    batch.n_tokens = n
+    text_pos = ctypes.cast(batch.pos, ctypes.c_void_p).value  # batch.pos itself would follow the next line
+    batch.pos = positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    np.ctypeslib.as_array(batch.embd, (n, width))[:] = np.random.default_rng(1).standard_normal((n, width))
+    for i in range(n):
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
+    assert a.api.llama_decode(a.ctx, batch) == 0
+    batch.pos = ctypes.cast(text_pos, ctypes.POINTER(ctypes.c_int32))
+    a.api.llama_batch_free(batch)
+
+
+def picture_then_text(a):
+    a.prefill(random_tokens(500))
+    a.masks.forget()
+    see_picture(a, 500)
+    a.step((1, 500 + max(PICTURE), 0))
+
+
+def test_masks_of_a_picture_are_those_of_stock(tmp_path):
+    model = write_picture_model(tmp_path / "picture.gguf")
+    assert check_masks(model, PICTURE_POLICY, picture_then_text, {}) == 1
+    (_, rows, _), *_ = run(model, PICTURE_POLICY, picture_then_text, {})[0]
+    visible = (rows[0, 0] == 0).sum(-1) - 500
+    np.testing.assert_array_equal(visible, np.arange(1, 1 + PICTURE[0] * PICTURE[1]))  # in reading order
