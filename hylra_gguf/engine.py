@@ -136,7 +136,8 @@ def policy_struct(policy: Policy):
     mode = ffi.new("uint32_t[]", list(policy.layer_mode))
     source = ffi.new("int32_t[]", list(policy.layer_source))
     head_map = ffi.new("int32_t[]", list(policy.head_map)) if policy.head_map else ffi.NULL
-    layer_top_k = ffi.new("uint32_t[]", list(policy.layer_top_k)) if policy.layer_top_k else ffi.NULL
+    layer_top_k, sparse_select = (ffi.new("uint32_t[]", list(values)) if values else ffi.NULL
+                                  for values in (policy.layer_top_k, policy.sparse_select))
     struct = ffi.new(
         "struct hylra_policy *",
         {
@@ -150,6 +151,7 @@ def policy_struct(policy: Policy):
             "lists": policy.lists,
             "top_k": policy.top_k,
             "layer_top_k": layer_top_k,
+            "sparse_select": sparse_select,
             "top_k_fraction": policy.top_k_fraction or 0.0,
             "block_size": policy.block_size,
             "sink_tokens": policy.sink_tokens,
@@ -158,7 +160,7 @@ def policy_struct(policy: Policy):
             "prefill": policy.prefill,
         },
     )
-    return struct, [mode, source, head_map, layer_top_k]
+    return struct, [mode, source, head_map, layer_top_k, sparse_select]
 
 
 def set_policy(ctx, policy: Policy | None) -> None:

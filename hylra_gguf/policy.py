@@ -26,12 +26,12 @@ MODE_LETTERS = "FSR"
 _TYPES = {
     "version": "u32", "enabled": "bool", "layer_count": "u32", "head_kv_count": "u32",
     "layer_mode": "u32[]", "layer_source": "i32[]", "lists": "u32", "head_map": "i32[]",
-    "top_k": "u32", "top_k_fraction": "f32", "layer_top_k": "u32[]", "block_size": "u32", "sink_tokens": "u32", "recent_tokens": "u32",
+    "top_k": "u32", "top_k_fraction": "f32", "layer_top_k": "u32[]", "sparse_select": "u32[]", "block_size": "u32", "sink_tokens": "u32", "recent_tokens": "u32",
     "min_context": "u32", "prefill": "u32", "summary": "string", "tool": "string", "calibration": "string",
     "theta": "f32", "similarity": "string", "sensitivity": "f32[]", "overlap": "f32[]",
 }
 _REQUIRED = ("version", "layer_count", "head_kv_count", "layer_mode", "layer_source")
-_OPTIONAL = ("head_map", "top_k_fraction", "layer_top_k", "theta", "sensitivity", "overlap")
+_OPTIONAL = ("head_map", "top_k_fraction", "layer_top_k", "sparse_select", "theta", "sensitivity", "overlap")
 _MEASURED = "measured."
 _TEXT_MEASURED = "model_sha256"
 _MAX_TEXT_BYTES = 64 << 10
@@ -49,6 +49,7 @@ class Policy:
     top_k: int = 2048
     top_k_fraction: Optional[float] = None
     layer_top_k: Optional[Tuple[int, ...]] = None  # cells that a select layer emits, 0 for the others
+    sparse_select: Optional[Tuple[int, ...]] = None  # 1: a select layer that attends only to the cells it selects, so reads only their V
     block_size: int = 1
     sink_tokens: int = 4
     recent_tokens: int = 256
@@ -115,7 +116,7 @@ class Policy:
         if not layers:
             raise PolicyError("layer_mode is empty, expected one mode per layer")
         for key, expected in (("layer_source", layers), ("head_map", layers * self.head_kv_count),
-                              ("layer_top_k", layers), ("sensitivity", layers), ("overlap", layers * layers)):
+                              ("layer_top_k", layers), ("sparse_select", layers), ("sensitivity", layers), ("overlap", layers * layers)):
             value = getattr(self, key)
             if value is not None and len(value) != expected:
                 raise PolicyError(f"{key} has {len(value)} values, expected {expected} "
@@ -142,6 +143,9 @@ class Policy:
         mode, source = self.layer_mode[layer], self.layer_source[layer]
         if mode not in (FULL, SELECT, REUSE):
             raise PolicyError(f"layer_mode[{layer}] is {mode}, expected 0 (full), 1 (select) or 2 (reuse)")
+        if self.sparse_select is not None and not 0 <= self.sparse_select[layer] <= (mode == SELECT):
+            expected = "0 or 1" if mode == SELECT else "0 for a layer that does not select"
+            raise PolicyError(f"sparse_select[{layer}] is {self.sparse_select[layer]}, expected {expected}")
         if mode != REUSE:
             expected = -1 if mode == FULL else layer
             if source != expected:

@@ -36,6 +36,8 @@ struct hylra_job {
     int32_t chunk_cells;
     int32_t n_chunk;
 
+    bool scores_only; // V stays unread, partials hold the softmax state alone
+
     float * partials; // [hylra_partial_floats, n_head, n_tokens, n_stream, n_chunk]
     // for a select layer, else nullptr: exp(logit - peak of its tile), so that pooling needs no second exp per cell and head
     float * weights;  // [n_kv, n_head, n_tokens, n_stream]

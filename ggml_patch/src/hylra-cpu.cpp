@@ -175,6 +175,7 @@ hylra_attn hylra_attn_of_node(const hylra_op & op, const ggml_tensor * attend, c
 hylra_job hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks) {
     hylra_job job = hylra_job_of(hylra_attn_of_node(op, attend, sinks), op.head_list.data());
     hylra_place(job, (float *) attend->data, op.weights);
+    job.scores_only = op.scores_only;
     return job;
 }
 

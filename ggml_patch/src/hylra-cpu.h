@@ -16,6 +16,7 @@ struct hylra_op {
     int32_t layer;
     float   scale, max_bias, softcap;
     bool    weights;                // attend writes softmax weights: a select layer
+    bool    scores_only;            // and nothing else: what it outputs comes from a second attend, to the cells it chose
     int32_t block_size;
     int32_t lists;                  // that a select layer pools into
     ggml_backend_device * device;   // where the cache lies and the node must run; nullptr: host memory

@@ -98,7 +98,7 @@ struct worker {
         for (int h = 0; h < n; ++h) {
             finish_logits(a, hylra_slope(a, head + h), bias, s[h]);
             const float factor = softmax_step(s[h], acc[h] + n_v);
-            if (factor != 1.0f) {
+            if (factor != 1.0f && !job.scores_only) {
                 scale_row(acc[h], n_v, factor);
             }
             if (job.weights) {
@@ -106,7 +106,9 @@ struct worker {
                 hylra_peaks(job, stream, token, head + h)[b.first/TILE] = acc[h][n_v];
             }
         }
-        v.kernels->accumulate[n - 1](s, v_rows, b.n, v.n_step, acc);
+        if (!job.scores_only) {
+            v.kernels->accumulate[n - 1](s, v_rows, b.n, v.n_step, acc);
+        }
     }
 
     // the group in passes of equal size, none above MAX_HEADS
@@ -156,6 +158,9 @@ struct worker {
     void start(const block & first) {
         for (cache_side * side : { &k, &v }) {
             side->advance(first);
+            if (side == &v && job.scores_only) {
+                return;
+            }
             for (int head_kv = 0; head_kv < (job.cells && job.attn.lists > 1 ? 1 : a.n_head_kv); ++head_kv) {
                 side->rows(first, 0, head_kv).fetch_next_all();
             }

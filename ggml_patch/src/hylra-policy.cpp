@@ -16,6 +16,10 @@ uint32_t llama_hylra_policy::top_k_at(uint32_t il, uint32_t n_kv) const {
     return std::min(std::max(own, share), n_kv);
 }
 
+bool llama_hylra_policy::selects_sparsely(uint32_t il, uint32_t n_kv) const {
+    return !sparse_select.empty() && sparse_select[il] && n_kv > 2*top_k_at(il, n_kv);
+}
+
 uint32_t llama_hylra_policy::count(uint32_t mode) const {
     return uint32_t(std::count(layer_mode.begin(), layer_mode.end(), mode));
 }
@@ -55,6 +59,9 @@ void check_sizes(const llama_hylra_policy & p) {
     if (p.layer_mode.size() != p.layer_count || p.layer_source.size() != p.layer_count) {
         refuse("hylra.layer_mode and hylra.layer_source must hold " + num(p.layer_count) + " values, found " +
                num(p.layer_mode.size()) + " and " + num(p.layer_source.size()));
+    }
+    if (!p.sparse_select.empty() && p.sparse_select.size() != p.layer_count) {
+        refuse("hylra.sparse_select must hold " + num(p.layer_count) + " values, found " + num(p.sparse_select.size()));
     }
     if (!p.layer_top_k.empty() && p.layer_top_k.size() != p.layer_count) {
         refuse("hylra.layer_top_k must hold " + num(p.layer_count) + " values, found " + num(p.layer_top_k.size()));
@@ -118,6 +125,9 @@ void check_layer(const llama_hylra_policy & p, const llama_hparams & hparams, ui
     }
     if (!p.layer_top_k.empty()) {
         check_layer_budget(p, il);
+    }
+    if (!p.sparse_select.empty() && p.sparse_select[il] > (mode == HYLRA_SELECT)) {
+        refuse(layer + " has hylra.sparse_select " + num(p.sparse_select[il]) + ", expected " + (mode == HYLRA_SELECT ? "0 or 1" : "0 for a layer that does not select"));
     }
     if (mode == HYLRA_FULL && source != -1) {
         refuse(layer + " is full, its source must be -1, found " + num(source));
@@ -240,7 +250,7 @@ struct reader {
 
 void refuse_unknown_keys(const gguf_context & metadata) {
     static const char * const KEYS[] = { "version", "enabled", "layer_count", "head_kv_count", "layer_mode", "layer_source", "head_map", "lists",
-        "top_k", "layer_top_k", "top_k_fraction", "block_size", "sink_tokens", "recent_tokens", "min_context", "prefill" };
+        "sparse_select", "top_k", "layer_top_k", "top_k_fraction", "block_size", "sink_tokens", "recent_tokens", "min_context", "prefill" };
     for (int64_t id = 0; id < gguf_get_n_kv(&metadata); ++id) {
         const std::string name = gguf_get_key(&metadata, id);
         if (name.rfind(PREFIX, 0) != 0) {
@@ -260,6 +270,7 @@ void read_all(const reader & r, llama_hylra_policy & p) {
     r.get("layer_mode", GGUF_TYPE_UINT32, p.layer_mode, true);
     r.get("layer_source", GGUF_TYPE_INT32, p.layer_source, true);
     r.get("head_map", GGUF_TYPE_INT32, p.head_map, false);
+    r.get("sparse_select", GGUF_TYPE_UINT32, p.sparse_select, false);
     r.get("lists", p.lists);
     r.get("top_k", p.top_k);
     r.get("layer_top_k", GGUF_TYPE_UINT32, p.layer_top_k, false);
@@ -310,6 +321,9 @@ static void copy_arrays(const hylra_policy & in, llama_hylra_policy & p) {
     p.layer_source.assign(in.layer_source, in.layer_source + in.layer_count);
     if (in.layer_top_k) {
         p.layer_top_k.assign(in.layer_top_k, in.layer_top_k + in.layer_count);
+    }
+    if (in.sparse_select) {
+        p.sparse_select.assign(in.sparse_select, in.sparse_select + in.layer_count);
     }
     if (in.head_map) {
         p.head_map.assign(in.head_map, in.head_map + size_t(in.layer_count)*in.head_kv_count);

@@ -23,6 +23,7 @@ struct llama_hylra_policy {
     std::vector<uint32_t> layer_mode;   // [layer_count] hylra_mode
     std::vector<int32_t>  layer_source; // [layer_count]
     std::vector<int32_t>  head_map;     // [layer_count * head_kv_count] or empty
+    std::vector<uint32_t> sparse_select; // [layer_count] or empty
     uint32_t lists          = 1;
     uint32_t top_k          = 0;
     std::vector<uint32_t> layer_top_k;  // [layer_count] or empty
@@ -36,6 +37,8 @@ struct llama_hylra_policy {
     std::string problem; // why it was refused, one line; empty: valid
 
     uint32_t top_k_at(uint32_t il, uint32_t n_kv) const; // cells that select layer il emits when the cache view holds n_kv
+    // whether select layer il reads V of its selection only: where that is fewer rows than K and V of all cells
+    bool selects_sparsely(uint32_t il, uint32_t n_kv) const;
     uint32_t count(uint32_t mode) const;
 };
 

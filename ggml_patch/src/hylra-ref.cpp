@@ -64,11 +64,14 @@ static void attend_head(const hylra_job & job, int chunk, int stream, int token,
             continue;
         }
         const double p = exp(s[i] - max);
+        sum += p;
+        if (job.scores_only) {
+            continue;
+        }
         read_row(job.v_to_float, a.v, a.v_nb, cells[i], head_kv, stream, a.n_embd_v, row.data());
         for (int d = 0; d < a.n_embd_v; ++d) {
             acc[d] += p*row[d];
         }
-        sum += p;
     }
     float * out = hylra_partial(job, chunk, stream, token, head);
     std::copy(acc.begin(), acc.end(), out);

@@ -22,7 +22,7 @@ struct ggml_tensor;
 
 enum hylra_mode {
     HYLRA_FULL   = 0, // dense attention, selects nothing
-    HYLRA_SELECT = 1, // dense attention, emits the top-k cells
+    HYLRA_SELECT = 1, // scores all cells, emits the top-k; attends to all, or with sparse_select only to those
     HYLRA_REUSE  = 2, // attends only to the cells that its source layer selected; its own source: scores all cells, attends to its best
 };
 
@@ -37,6 +37,7 @@ struct hylra_policy {
     const int32_t  * head_map;     // [layer_count * head_kv_count] or NULL
     uint32_t        lists;
     uint32_t        top_k;
+    const uint32_t * sparse_select; // [layer_count] 1: a select layer that attends only to what it selects; NULL: none
     const uint32_t * layer_top_k;  // [layer_count] cells that a select layer emits, 0 for other layers; NULL: top_k in each
     float           top_k_fraction; // 0: unused
     uint32_t        block_size;

@@ -247,7 +247,8 @@ struct layer_builder {
         op.device     = device;
         op.meters     = op.weights ? input.state.meters.layer(il, cache_buffer(k)) : nullptr;
         for (int64_t head = 0; head < k->ne[2]; ++head) {
-            const int32_t mapped = policy.head_map.empty() ? int32_t(head) : policy.head_map[il*policy.head_kv_count + head];
+            const bool own = policy.head_map.empty() || policy.layer_mode[il] == HYLRA_SELECT;
+            const int32_t mapped = own ? int32_t(head) : policy.head_map[il*policy.head_kv_count + head];
             op.head_list.push_back(policy.lists == 1 ? 0 : mapped);
         }
         input.ops.push_back(std::move(op));
@@ -314,11 +315,12 @@ static hylra_layer_state judge(const llm_graph_input_hylra & input, const llm_gr
     return weights_bytes > SCRATCH_LIMIT_BYTES ? HYLRA_LAYER_SCRATCH : HYLRA_LAYER_SERVED;
 }
 
-// Attention to the layer's own cells: no cheaper than dense. It shows what a selection loses before another layer's cells are taken.
-static ggml_tensor * build_own(layer_builder & b, float kq_scale) {
+// Attention to the layer's own best cells; only their V is read. cells: what it chose
+static ggml_tensor * build_own(layer_builder & b, float kq_scale, ggml_tensor *& cells) {
     hylra_op & scoring = b.new_op(kq_scale, true);
+    scoring.scores_only = true;
     ggml_tensor * attended = b.attend(scoring, nullptr);
-    ggml_tensor * cells = b.choose(scoring, attended, b.device ? b.reduce(scoring, attended) : nullptr);
+    cells = b.choose(scoring, attended, b.device ? b.reduce(scoring, attended) : nullptr);
     hylra_op & op = b.new_op(kq_scale, false);
     return b.reduce(op, b.attend(op, cells));
 }
@@ -326,7 +328,11 @@ static ggml_tensor * build_own(layer_builder & b, float kq_scale) {
 static ggml_tensor * build(layer_builder & b, float kq_scale) {
     const uint32_t mode = b.policy.layer_mode[b.il];
     if (mode == HYLRA_REUSE && b.policy.layer_source[b.il] == b.il) {
-        return build_own(b, kq_scale);
+        ggml_tensor * unused;
+        return build_own(b, kq_scale, unused);
+    }
+    if (mode == HYLRA_SELECT && b.policy.selects_sparsely(b.il, uint32_t(b.k->ne[1]))) {
+        return build_own(b, kq_scale, b.input.cells[b.il]);
     }
     ggml_tensor * cells = mode == HYLRA_REUSE ? source_cells(b.input, b.q, b.k, b.il) : nullptr;
     if (mode == HYLRA_REUSE && !cells) {
