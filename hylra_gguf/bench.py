@@ -8,6 +8,7 @@ rewound are refused.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import statistics
 import subprocess
@@ -173,10 +174,10 @@ def gpu_info() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this runs from, else the version."""
+    """Of the checkout that this runs from; on a machine without it the environment variable HYLRA_COMMIT, else the version."""
     folder = Path(__file__).resolve().parent
     done = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else __version__
+    return done.stdout.strip() if done.returncode == 0 else os.environ.get("HYLRA_COMMIT") or __version__
 
 
 def facts_of_machine(args) -> dict:

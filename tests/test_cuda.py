@@ -69,12 +69,13 @@ def tiny(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
 
 
+@pytest.mark.parametrize("sparse_select", [None, (1, 0, 1, 0)], ids=["dense select", "sparse select"])
 @pytest.mark.parametrize("lists", ["shared", "per head"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gpu_predicts_what_the_cpu_predicts(tmp_path, kind, lists):
+def test_the_gpu_predicts_what_the_cpu_predicts(tmp_path, kind, lists, sparse_select):
     shape, cache = KINDS[kind]
     model, heads = write_tiny_model(tmp_path / "m.gguf", **shape), shape.get("n_head_kv", 2)
-    p = policy("SRSR", head_kv_count=heads, lists=heads if lists == "per head" else 1, top_k=128)
+    p = policy("SRSR", head_kv_count=heads, lists=heads if lists == "per head" else 1, top_k=128, sparse_select=sparse_select)
     gpu, on_gpu = run(model, p, **cache, **ON_GPU)
     cpu, on_cpu = run(model, p, **cache)
     assert on_gpu["sparse_steps"] == on_cpu["sparse_steps"] == N_STEPS and on_gpu["left_to_stock"] == {}

@@ -259,7 +259,7 @@ struct layer_builder {
     ggml_tensor * attend(hylra_op & op, ggml_tensor * cells) const {
         const int n_listed = int(cells ? cells->ne[0] : k->ne[1]);
         const hylra_attn attn = hylra_attn_of(q, k, v, kq_mask, sinks);
-        const int64_t n = int64_t(device ? hylra_cuda_floats(attn, n_listed, cells != nullptr, op.weights ? op.lists : 0)
+        const int64_t n = int64_t(device ? hylra_cuda_floats(attn, n_listed, cells != nullptr, op.weights ? op.lists : 0, op.scores_only)
                                          : hylra_attend_floats(attn, n_listed, op.weights));
         return custom("attend", GGML_TYPE_F32, { n, 1, 1, 1 }, { q, k, v, kq_mask, cells }, hylra_node_attend, op);
     }
