@@ -71,11 +71,11 @@ bench() { # result, shape, policies, flags
 }
 
 run_bench() {
-    bench llama-3.1-8b    llama-3.1-8b "per-head shared sparse" -d 4096,8192,16384,32768,65536,131072
     bench llama-3.1-8b-8  llama-3.1-8b "per-head sparse" -d 65536 -np 8
     bench qwq-32b         qwq-32b "per-head shared ucm sparse" -d 8192,32768,61440
     bench qwq-32b-4       qwq-32b "per-head ucm sparse" -d 61440 -np 4
     bench llama-3.1-8b-4  llama-3.1-8b "per-head sparse" -d 131072 -np 4
+    bench llama-3.1-8b    llama-3.1-8b "per-head shared sparse" -d 4096,8192,16384,32768,65536,131072
     bench llama-3.1-8b-q8_0 llama-3.1-8b "per-head sparse" -d 65536 -ctk q8_0 -ctv q8_0
 }
 
