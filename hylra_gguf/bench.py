@@ -96,7 +96,8 @@ def is_synthetic(args) -> bool:
 def open_context(model: Model, flash_attn: bool, n_ctx: int, args) -> Context:
     try:
         return Context(model, n_ctx, n_seq=args.n_seq, n_threads=args.threads or cpu_count(), type_k=GGML_TYPES[args.cache_type_k],
-                       type_v=GGML_TYPES[args.cache_type_v], flash_attn=flash_attn, scratch=is_synthetic(args) and args.n_seq == 1)
+                       type_v=GGML_TYPES[args.cache_type_v], flash_attn=flash_attn, scratch=is_synthetic(args) and args.n_seq == 1,
+                       kv_on_gpu=not args.no_kv_offload)
     except HylraError as error:
         raise HylraError(f"{error}, or leave that arm out with --arms") from None
 
@@ -188,6 +189,7 @@ def facts_of_machine(args) -> dict:
         "gpu_info": gpu_info() if getattr(args, "n_gpu_layers", 0) else "",
         "backends": "CUDA, CPU" if getattr(args, "n_gpu_layers", 0) else "CPU",
         "n_gpu_layers": getattr(args, "n_gpu_layers", 0),
+        "no_kv_offload": getattr(args, "no_kv_offload", False),
         "n_batch": N_UBATCH,
         "n_ubatch": N_UBATCH,
         "n_threads": args.threads or cpu_count(),

@@ -40,6 +40,7 @@ run_kernels() {
     kernels llama-3.1-8b         --heads 32 --n-kv 8192,16384,32768,65536,131072
     kernels llama-3.1-8b-4       --heads 32 --streams 4 --n-kv 65536,131072
     kernels llama-3.1-8b-8       --heads 32 --streams 8 --n-kv 65536
+    kernels deepseek-r1          --mla 1 --heads 128 --n-kv 8192,61440,131072
     kernels qwq-32b              --heads 40 --n-kv 8192,61440,131072
     kernels qwq-32b-4            --heads 40 --streams 4 --n-kv 61440
     kernels qwen3-32b            --heads 64 --n-kv 61440,131072
@@ -77,6 +78,7 @@ run_bench() {
     bench llama-3.1-8b-4  llama-3.1-8b "per-head sparse" -d 131072 -np 4
     bench llama-3.1-8b    llama-3.1-8b "per-head shared sparse" -d 4096,8192,16384,32768,65536,131072
     bench llama-3.1-8b-q8_0 llama-3.1-8b "per-head sparse" -d 65536 -ctk q8_0 -ctv q8_0
+    bench llama-3.1-8b-host llama-3.1-8b "per-head sparse" -d 8192,32768 -n 8 -r 2 -nkvo -t "$(nproc)"
 }
 
 steps() { # sequences, depth: where the time of a step goes
