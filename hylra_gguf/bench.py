@@ -8,6 +8,7 @@ rewound are refused.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import statistics
 import subprocess
@@ -95,7 +96,8 @@ def is_synthetic(args) -> bool:
 def open_context(model: Model, flash_attn: bool, n_ctx: int, args) -> Context:
     try:
         return Context(model, n_ctx, n_seq=args.n_seq, n_threads=args.threads or cpu_count(), type_k=GGML_TYPES[args.cache_type_k],
-                       type_v=GGML_TYPES[args.cache_type_v], flash_attn=flash_attn, scratch=is_synthetic(args) and args.n_seq == 1)
+                       type_v=GGML_TYPES[args.cache_type_v], flash_attn=flash_attn, scratch=is_synthetic(args) and args.n_seq == 1,
+                       kv_on_gpu=not args.no_kv_offload)
     except HylraError as error:
         raise HylraError(f"{error}, or leave that arm out with --arms") from None
 
@@ -173,10 +175,10 @@ def gpu_info() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this runs from, else the version."""
+    """Of the checkout that this runs from; on a machine without it the environment variable HYLRA_COMMIT, else the version."""
     folder = Path(__file__).resolve().parent
     done = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else __version__
+    return done.stdout.strip() if done.returncode == 0 else os.environ.get("HYLRA_COMMIT") or __version__
 
 
 def facts_of_machine(args) -> dict:
@@ -187,6 +189,7 @@ def facts_of_machine(args) -> dict:
         "gpu_info": gpu_info() if getattr(args, "n_gpu_layers", 0) else "",
         "backends": "CUDA, CPU" if getattr(args, "n_gpu_layers", 0) else "CPU",
         "n_gpu_layers": getattr(args, "n_gpu_layers", 0),
+        "no_kv_offload": getattr(args, "no_kv_offload", False),
         "n_batch": N_UBATCH,
         "n_ubatch": N_UBATCH,
         "n_threads": args.threads or cpu_count(),

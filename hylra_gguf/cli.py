@@ -247,6 +247,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("-np", "--n-seq", type=count(1), metavar="N", default=1,
                         help="sequences decoded in one batch, each as deep as -d says (default 1)")
     parser.add_argument("-ngl", "--n-gpu-layers", type=count(0), metavar="N", default=0, help="layers on the GPU (default 0)")
+    parser.add_argument("-nkvo", "--no-kv-offload", action="store_true", help="with -ngl: keep the KV cache in host memory")
     parser.add_argument("--fill", choices=FILLS, help="read text, or copy 256 tokens: seconds, and the rows say so (default: text, but "
                         "synthetic for one sequence beyond 8192 tokens)")
     parser.add_argument("--policy", metavar="FILE", action="append", help="this policy, not the one in MODEL; repeat to compare several")

@@ -70,11 +70,12 @@ class Context:
     """A context of n_seq sequences, each with a cache of n_ctx tokens of its own.
 
     scratch: one sequence more that shares the cache of a single one, so that cells can be copied within it (fill.py).
+    kv_on_gpu: with layers on a GPU, put their cache there too, not into host memory.
     on_node: llama.cpp's ggml_backend_sched_eval_callback in Python, called with every node of the graph.
     """
 
     def __init__(self, model: Model, n_ctx: int, *, n_seq: int = 1, n_threads: int = 1, type_k: int = 1, type_v: int = 1,
-                 flash_attn: bool = True, scratch: bool = False, on_node=None):
+                 flash_attn: bool = True, scratch: bool = False, kv_on_gpu: bool = True, on_node=None):
         self.model, self.api, self.n_seq, self.scratch = model, model.api, n_seq, scratch
         n_ctx = -(-n_ctx // N_CTX_UNIT) * N_CTX_UNIT
         params = self.api.llama_context_default_params()
@@ -83,7 +84,8 @@ class Context:
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_k, type_v
         params.flash_attn_type = int(flash_attn)
-        params.offload_kqv = params.op_offload = model.n_gpu_layers > 0
+        params.op_offload = model.n_gpu_layers > 0
+        params.offload_kqv = params.op_offload and kv_on_gpu
         self.callback = self.api.ggml_backend_sched_eval_callback(on_node) if on_node else None  # must outlive the context
         if on_node:
             params.cb_eval = self.callback

@@ -103,7 +103,7 @@ class Session:
     """One model and context on the library that `llama_cpp` has loaded; logits come back as float32 [n_vocab]."""
 
     def __init__(self, path, n_ctx=1024, n_seq_max=1, unified=True, flash_attn=True, type_k=1, type_v=1, n_threads=1, n_ubatch=512,
-                 n_batch=None, overrides=None, eval_callback=None, n_gpu_layers=0, kv_on_gpu=True):
+                 n_batch=None, overrides=None, eval_callback=None, n_gpu_layers=0, kv_on_gpu=True, split=True):
         import llama_cpp as api
 
         self.api = api
@@ -112,6 +112,8 @@ class Session:
         self._alive = []
         params = api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        if not split:
+            params.split_mode = 0  # all layers on the first GPU
         if overrides:
             params.kv_overrides = self._overrides(overrides)
         self.model = api.llama_model_load_from_file(str(path).encode(), params)

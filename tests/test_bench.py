@@ -167,3 +167,8 @@ def test_without_matplotlib_nothing_is_measured(run, monkeypatch):
     monkeypatch.setattr(bench, "run", lambda *args: pytest.fail("measured before the picture was refused"))
     code, out, err = run("own.gguf -d 0 --png x.png")
     assert (code, out) == (2, "") and "pip install 'hylra-gguf[report]'" in err
+
+
+def test_rows_say_where_the_cache_lies(run):
+    line = "own.gguf -d 300 -n 2 -r 1 --arms stock-fa1,hylra"
+    assert [{row["no_kv_offload"] for row in rows_of(run, line + flag)} for flag in ("", " -nkvo")] == [{False}, {True}]

@@ -21,8 +21,12 @@ api.llama_backend_init()
 silence(api)
 
 
+def gpu_count() -> int:
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
 def has_gpu() -> bool:
-    return bool(list(Path("/proc/driver/nvidia/gpus").glob("*"))) and bool(api.llama_supports_gpu_offload())
+    return gpu_count() > 0 and bool(api.llama_supports_gpu_offload())
 
 
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="no CUDA device, or a library without CUDA")
@@ -69,12 +73,13 @@ def tiny(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
 
 
+@pytest.mark.parametrize("sparse_select", [None, (1, 0, 1, 0)], ids=["dense select", "sparse select"])
 @pytest.mark.parametrize("lists", ["shared", "per head"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gpu_predicts_what_the_cpu_predicts(tmp_path, kind, lists):
+def test_the_gpu_predicts_what_the_cpu_predicts(tmp_path, kind, lists, sparse_select):
     shape, cache = KINDS[kind]
     model, heads = write_tiny_model(tmp_path / "m.gguf", **shape), shape.get("n_head_kv", 2)
-    p = policy("SRSR", head_kv_count=heads, lists=heads if lists == "per head" else 1, top_k=128)
+    p = policy("SRSR", head_kv_count=heads, lists=heads if lists == "per head" else 1, top_k=128, sparse_select=sparse_select)
     gpu, on_gpu = run(model, p, **cache, **ON_GPU)
     cpu, on_cpu = run(model, p, **cache)
     assert on_gpu["sparse_steps"] == on_cpu["sparse_steps"] == N_STEPS and on_gpu["left_to_stock"] == {}
@@ -129,6 +134,16 @@ def test_layers_on_both_sides_share_a_selection(tiny):
     got, status = run(tiny, p, n_gpu_layers=3)  # the first layers stay on the CPU, their list crosses
     assert status["left_to_stock"] == {}
     assert_close(got, run(tiny, p)[0], run(tiny, full_like(p))[0])
+
+
+@pytest.mark.skipif(gpu_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("sparse_select", [None, (0, 1, 0, 0, 0, 0, 0, 0)], ids=["dense select", "sparse select"])
+def test_layers_split_over_two_gpus_share_a_selection(tmp_path, sparse_select):
+    """Layer 1 selects on the first GPU for the reuse layers of both."""
+    model, p = write_tiny_model(tmp_path / "m.gguf", n_layer=8), policy("FSRRRRRR", lists=2, top_k=128, sparse_select=sparse_select)
+    (two, on_two), (one, _) = (run(model, p, split=split, **ON_GPU) for split in (True, False))
+    assert on_two["sparse_steps"] == N_STEPS and on_two["left_to_stock"] == {} and on_two["captured_mass"]
+    assert divergence(two, one) < 1e-6 < divergence(one, run(model, None, **ON_GPU)[0])
 
 
 def test_a_new_policy_is_not_served_by_an_old_graph(tiny):

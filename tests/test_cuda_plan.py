@@ -24,18 +24,19 @@ int main() {
     for (int tokens : { 1, 3, 64 })
     for (int streams : { 1, 8 })
     for (int n_kv : { 1, 256, 61440, 131072 })
-    for (int listed = 0; listed < 2; ++listed) {
+    for (int listed = 0; listed < 2; ++listed)
+    for (int scores_only = 0; scores_only < 2 - listed; ++scores_only) {
         hylra_attn a = {};
         a.n_embd_k = size[0], a.n_embd_v = size[1], a.n_head = group*heads_kv, a.n_head_kv = heads_kv;
         a.n_kv = n_kv, a.n_tokens = tokens, a.n_stream = streams;
         const int n = listed && n_kv > 2048 ? 2048 : n_kv;
-        const hylra_cuda_plan p = hylra_cuda_plan_of(a, n, listed);
+        const hylra_cuda_plan p = hylra_cuda_plan_of(a, n, listed, scores_only);
         const hylra_cuda_layout l = hylra_cuda_layout_of(a, p, listed ? 0 : heads_kv);
         const long rows = long(a.n_head)*tokens*streams, groups = listed ? 0 : long(p.n_group)*heads_kv*streams;
         const bool columns = p.n_group*8 >= p.n_column && (p.n_block_column - 1)*(p.split ? 4 : p.wide)*8 < p.n_column;
         const bool cells   = p.n_chunk >= 1 && p.n_chunk <= HYLRA_CUDA_MAX_CHUNKS && long(p.n_chunk)*p.chunk_cells >= n && long(p.n_chunk - 1)*p.chunk_cells < n;
         const bool tiles   = p.chunk_cells % (p.split ? 16 : 64) == 0 && !(p.split && p.wide > 1);
-        const bool order   = l.norms >= size_t(rows*p.n_chunk*size[1]*4) && l.totals - l.norms >= size_t(rows*p.n_chunk*8) && l.peaks - l.totals >= size_t(rows*8) &&
+        const bool order   = l.norms >= size_t(scores_only ? 0 : rows*p.n_chunk*size[1]*4) && l.totals - l.norms >= size_t(rows*p.n_chunk*8) && l.peaks - l.totals >= size_t(rows*8) &&
                              l.weights - l.peaks >= size_t(groups*((n_kv + 15)/16)*32) && l.bins - l.weights >= size_t(groups*n_kv*16) && l.size >= l.bins;
         const bool aligned = (l.norms | l.totals | l.peaks | l.weights | l.bins) % 128 == 0;
         if (!(columns && cells && tiles && order && aligned)) {

@@ -2,6 +2,7 @@
 // ggml's CUDA backend (-DHYLRA_BENCH_STOCK), llama.cpp's own flash attention. Prints one JSON array.
 //
 //   bench-cuda [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 8192,65536] [--streams 1] [--top-k 2048] [--type f16] [--repetitions 30]
+//              [--mla 1]   heads of 576/512 whose V lies in K (DeepSeek); one KV head
 //
 // A graph runs enough layers with caches of their own that the second-level cache cannot hold them. Times are microseconds per layer, medians.
 #include "cuda_tools.cuh"
@@ -26,7 +27,13 @@ struct options {
     int heads = 32, kv_heads = 8, head_size = 128, streams = 1, top_k = 2048, repetitions = 30;
     std::vector<int> n_kv = { 8192, 32768, 65536, 131072 };
     ggml_type type = GGML_TYPE_F16;
+    bool mla = false;
+
+    int head_size_v() const { return mla ? 512 : head_size; }
 };
+
+// A select layer, the same without V (sparse_select), a reuse layer
+enum mode { SELECT, SCORING, REUSE };
 
 constexpr size_t CACHED_BYTES = 512u << 20; // many times the second-level cache
 
@@ -96,11 +103,11 @@ struct layers {
     std::vector<int32_t> head_list;
 
     layers(const options & o, int n_kv) : o(o), n_kv(n_kv), n_layer(int(std::max<size_t>(2, CACHED_BYTES/cache_bytes()))), lists(o.kv_heads),
-        q(random_q()), mask(std::vector<uint16_t>(size_t(n_kv)*o.streams, 0)), cells(random_cells()), out(size_t(o.head_size)*o.heads*o.streams*4),
+        q(random_q()), mask(std::vector<uint16_t>(size_t(n_kv)*o.streams, 0)), cells(random_cells()), out(size_t(o.head_size_v())*o.heads*o.streams*4),
         scores(size_t(n_kv)*lists*o.streams*4), forced(std::vector<int32_t>(size_t(o.streams)*68, -1)), meters(std::vector<uint64_t>(size_t(lists)*o.streams*2)) {
         for (int i = 0; i < n_layer; ++i) {
-            k.emplace_back(cache_bytes()/2);
-            v.emplace_back(cache_bytes()/2);
+            k.emplace_back(k_bytes());
+            v.emplace_back(cache_bytes() - k_bytes());
             fill_rows(k.back(), o.head_size, o.type);
             fill_rows(v.back(), o.head_size, o.type);
         }
@@ -108,7 +115,8 @@ struct layers {
     }
 
     size_t row_bytes() const { return ggml_row_size(o.type, o.head_size); }
-    size_t cache_bytes() const { return 2*row_bytes()*o.kv_heads*n_kv*o.streams; }
+    size_t k_bytes() const { return row_bytes()*o.kv_heads*n_kv*o.streams; }
+    size_t cache_bytes() const { return o.mla ? k_bytes() : 2*k_bytes(); }
     size_t listed_bytes() const { return cache_bytes()/n_kv*std::min(o.top_k, n_kv); }
 
     std::vector<float> random_q() const {
@@ -131,13 +139,13 @@ struct layers {
         return all;
     }
 
-    hylra_cuda_job job(int layer, bool select, bool listed, void * scratch) const {
+    hylra_cuda_job job(int layer, mode m, void * scratch) const {
         hylra_attn a = {};
         a.type_k = a.type_v = o.type;
-        a.n_embd_k = a.n_embd_v = o.head_size;
+        a.n_embd_k = o.head_size, a.n_embd_v = o.head_size_v();
         a.n_head = o.heads, a.n_head_kv = o.kv_heads, a.n_kv = n_kv, a.n_tokens = 1, a.n_stream = o.streams;
         a.scale = 1.0f/sqrtf(float(o.head_size));
-        a.q = q.data, a.k = k[layer].data, a.v = v[layer].data, a.mask = mask.data;
+        a.q = q.data, a.k = k[layer].data, a.v = o.mla ? a.k : v[layer].data, a.mask = mask.data;
         const uint64_t token = 4ull*o.head_size, row = row_bytes();
         const uint64_t q_nb[4] = { 4, token, token, token*o.heads }, kv_nb[4] = { 2, row*o.kv_heads, row, row*o.kv_heads*n_kv };
         const uint64_t mask_nb[4] = { 2, 2ull*n_kv, 2ull*n_kv, 2ull*n_kv };
@@ -145,10 +153,10 @@ struct layers {
         memcpy(a.k_nb, kv_nb, sizeof(kv_nb));
         memcpy(a.v_nb, kv_nb, sizeof(kv_nb));
         memcpy(a.mask_nb, mask_nb, sizeof(mask_nb));
-        if (listed) {
+        if (m == REUSE) {
             a.cells = cells.data, a.n_cells = std::min(o.top_k, n_kv), a.lists = lists;
         }
-        return hylra_cuda_job_of(a, head_list.data(), select ? lists : 0, scratch);
+        return hylra_cuda_job_of(a, head_list.data(), m == REUSE ? 0 : lists, m == SCORING, scratch);
     }
 
     void choose(const hylra_cuda_job & job, cudaStream_t stream) const {
@@ -157,11 +165,11 @@ struct layers {
     }
 
     // Per layer; parts: how many of attend, reduce, pool, choose
-    double run_us(bool select, bool listed, int parts) const {
-        device_buffer scratch(job(0, select, listed, nullptr).layout.size);
+    double run_us(mode m, int parts) const {
+        device_buffer scratch(job(0, m, nullptr).layout.size);
         const double us = replayed_us([&](cudaStream_t stream) {
             for (int i = 0; i < n_layer; ++i) {
-                const hylra_cuda_job one = job(i, select, listed, scratch.data);
+                const hylra_cuda_job one = job(i, m, scratch.data);
                 hylra_cuda_attend(one, stream);
                 if (parts > 1) { hylra_cuda_reduce(one, (float *) out.data, stream); }
                 if (parts > 2) { hylra_cuda_pool(one, (const int32_t *) forced.data, 68, (float *) scores.data, stream); }
@@ -184,9 +192,10 @@ double stock_us(const options & o, int n_kv, int n_layer) {
     for (int i = 0; i < n_layer; ++i) {
         ggml_tensor * kv[2];
         for (ggml_tensor *& t : kv) {
-            ggml_tensor * cache = ggml_new_tensor_4d(ctx, o.type, o.head_size, o.kv_heads, n_kv, o.streams);
-            caches.push_back(cache);
-            t = ggml_permute(ctx, cache, 0, 2, 1, 3);
+            const bool in_k = o.mla && &t == &kv[1];
+            ggml_tensor * cache = in_k ? caches.back() : ggml_new_tensor_4d(ctx, o.type, o.head_size, o.kv_heads, n_kv, o.streams);
+            if (!in_k) { caches.push_back(cache); }
+            t = in_k ? ggml_view_4d(ctx, kv[0], o.head_size_v(), n_kv, o.kv_heads, o.streams, kv[0]->nb[1], kv[0]->nb[2], kv[0]->nb[3], 0) : ggml_permute(ctx, cache, 0, 2, 1, 3);
         }
         ggml_tensor * out = ggml_flash_attn_ext(ctx, q, kv[0], kv[1], mask, 1.0f/sqrtf(float(o.head_size)), 0.0f, 0.0f);
         ggml_prec_set_acc(out, GGML_PREC_F32);
@@ -221,19 +230,22 @@ double stock_us(const options & o, int n_kv, int n_layer) {
 void print_row(const options & o, int n_kv, double copy_bytes_per_s, bool first) {
     double stock = 0.0;
     const layers all(o, n_kv);
-    const double attend = all.run_us(true, false, 1), dense = all.run_us(true, false, 2), pooled = all.run_us(true, false, 3), select = all.run_us(true, false, 4);
-    const double gather = all.run_us(false, true, 1), reuse = all.run_us(false, true, 2);
+    const double attend = all.run_us(SELECT, 1), dense = all.run_us(SELECT, 2), pooled = all.run_us(SELECT, 3), select = all.run_us(SELECT, 4);
+    const double scoring = all.run_us(SCORING, 1), scored = all.run_us(SCORING, 4);
+    const double gather = all.run_us(REUSE, 1), reuse = all.run_us(REUSE, 2);
 #ifdef HYLRA_BENCH_STOCK
     stock = stock_us(o, n_kv, all.n_layer);
 #endif
     cudaDeviceProp device;
     CHECK(cudaGetDeviceProperties(&device, 0));
-    printf("%s{\"gpu\": \"%s\", \"type\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_size\": %d, \"streams\": %d, \"n_kv\": %d, \"top_k\": %d, "
+    const char * commit = getenv("HYLRA_COMMIT");
+    printf("%s{\"build_commit\": \"%s\", \"gpu\": \"%s\", \"type\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_size\": %d, \"streams\": %d, \"n_kv\": %d, \"top_k\": %d, "
            "\"copy_gb_per_s\": %.0f, \"stock_us\": %.2f, \"select_us\": %.2f, \"select_attend_us\": %.2f, \"select_reduce_us\": %.2f, \"select_pool_us\": %.2f, "
-           "\"select_choose_us\": %.2f, \"reuse_us\": %.2f, \"reuse_attend_us\": %.2f, \"select_share_of_copy\": %.3f, \"reuse_share_of_copy\": %.3f}",
-           first ? "[" : ",\n ", device.name, ggml_type_name(o.type), o.heads, o.kv_heads, o.head_size, o.streams, n_kv, o.top_k, copy_bytes_per_s/1e9,
+           "\"select_choose_us\": %.2f, \"reuse_us\": %.2f, \"reuse_attend_us\": %.2f, \"sparse_select_us\": %.2f, \"sparse_select_scoring_us\": %.2f, "
+           "\"select_share_of_copy\": %.3f, \"scoring_share_of_copy\": %.3f, \"reuse_share_of_copy\": %.3f}",
+           first ? "[" : ",\n ", commit ? commit : "unknown", device.name, ggml_type_name(o.type), o.heads, o.kv_heads, o.head_size, o.streams, n_kv, o.top_k, copy_bytes_per_s/1e9,
            stock, select, attend, dense - attend, pooled - dense, select - pooled, reuse, gather,
-           all.cache_bytes()/attend*1e6/copy_bytes_per_s, all.listed_bytes()/reuse*1e6/copy_bytes_per_s);
+           scored + reuse, scoring, all.cache_bytes()/attend*1e6/copy_bytes_per_s, all.k_bytes()/scoring*1e6/copy_bytes_per_s, all.listed_bytes()/reuse*1e6/copy_bytes_per_s);
     fflush(stdout);
 }
 
@@ -268,10 +280,12 @@ options parse(int argc, char ** argv) {
         else if (name == "--streams")     { o.streams     = atoi(value); }
         else if (name == "--top-k")       { o.top_k       = atoi(value); }
         else if (name == "--repetitions") { o.repetitions = atoi(value); }
+        else if (name == "--mla")         { o.mla         = atoi(value); }
         else if (name == "--n-kv")        { o.n_kv        = integers(value); }
         else if (name == "--type")        { o.type        = type_of(value); }
         else { fprintf(stderr, "%s: unknown option\n", argv[i]); exit(2); }
     }
+    if (o.mla) { o.head_size = 576, o.kv_heads = 1; }
     return o;
 }
 

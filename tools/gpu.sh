@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA card: builds the engine, runs the GPU tests, measures kernels and decode speed; the command behind docs/cuda.md.
 #
-#   tools/gpu.sh [build] [test] [kernels] [models] [bench]      all steps if none is named
+#   tools/gpu.sh [build] [test] [kernels] [models] [bench] [steps]      all steps if none is named
 #
 # Results go to $HYLRA_GPU_OUT (default docs/cuda), models of random weights (45 GB) to $HYLRA_GPU_WORK (default /tmp/hylra-gpu). `bench` with four
 # sequences of 131072 tokens needs a card of 96 GB. HYLRA_CUDA_ARCHITECTURES: for which cards (default native); HYLRA_LLAMA_CPP_SOURCE: see CMakeLists.txt.
@@ -11,6 +11,8 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 BUILD=${HYLRA_GPU_BUILD:-build/gpu} OUT=${HYLRA_GPU_OUT:-docs/cuda} WORK=${HYLRA_GPU_WORK:-/tmp/hylra-gpu} PYTHON=${PYTHON:-python3}
 export LLAMA_CPP_LIB_PATH=${LLAMA_CPP_LIB_PATH:-$PWD/$BUILD/lib}
+HYLRA_COMMIT=${HYLRA_COMMIT:-$(git rev-parse --short HEAD 2> /dev/null || true)} # named in the results
+export HYLRA_COMMIT
 mkdir -p "$OUT" "$WORK"
 
 build() {
@@ -38,6 +40,7 @@ run_kernels() {
     kernels llama-3.1-8b         --heads 32 --n-kv 8192,16384,32768,65536,131072
     kernels llama-3.1-8b-4       --heads 32 --streams 4 --n-kv 65536,131072
     kernels llama-3.1-8b-8       --heads 32 --streams 8 --n-kv 65536
+    kernels deepseek-r1          --mla 1 --heads 128 --n-kv 8192,61440,131072
     kernels qwq-32b              --heads 40 --n-kv 8192,61440,131072
     kernels qwq-32b-4            --heads 40 --streams 4 --n-kv 61440
     kernels qwen3-32b            --heads 64 --n-kv 61440,131072
@@ -53,8 +56,10 @@ UCM=FFFFFFFSSRSRSSSSSSSSSRRRSRRRRRSRSSSRSRSSRRRRRSRRRRRRRRRRRRRRRFFF
 
 make_models() {
     model llama-3.1-8b per-head --every 8 --lists 0
+    model llama-3.1-8b sparse   --every 8 --lists 0 --sparse-select
     model llama-3.1-8b shared   --every 8
     model qwq-32b      per-head --every 8 --lists 0
+    model qwq-32b      sparse   --every 8 --lists 0 --sparse-select
     model qwq-32b      shared   --every 8
     model qwq-32b      ucm      --roles $UCM
 }
@@ -67,16 +72,22 @@ bench() { # result, shape, policies, flags
 }
 
 run_bench() {
-    bench llama-3.1-8b    llama-3.1-8b "per-head shared" -d 4096,8192,16384,32768,65536,131072
-    bench llama-3.1-8b-8  llama-3.1-8b "per-head" -d 65536 -np 8
-    bench qwq-32b         qwq-32b "per-head shared ucm" -d 8192,32768,61440
-    bench qwq-32b-4       qwq-32b "per-head ucm" -d 61440 -np 4
-    bench llama-3.1-8b-4  llama-3.1-8b "per-head" -d 131072 -np 4
-    bench llama-3.1-8b-q8_0 llama-3.1-8b "per-head" -d 65536 -ctk q8_0 -ctv q8_0
+    bench llama-3.1-8b-8  llama-3.1-8b "per-head sparse" -d 65536 -np 8
+    bench qwq-32b         qwq-32b "per-head shared ucm sparse" -d 8192,32768,61440
+    bench qwq-32b-4       qwq-32b "per-head ucm sparse" -d 61440 -np 4
+    bench llama-3.1-8b-4  llama-3.1-8b "per-head sparse" -d 131072 -np 4
+    bench llama-3.1-8b    llama-3.1-8b "per-head shared sparse" -d 4096,8192,16384,32768,65536,131072
+    bench llama-3.1-8b-q8_0 llama-3.1-8b "per-head sparse" -d 65536 -ctk q8_0 -ctv q8_0
+    bench llama-3.1-8b-host llama-3.1-8b "per-head sparse" -d 8192,32768 -n 8 -r 2 -nkvo -t "$(nproc)"
+}
+
+steps() { # sequences, depth: where the time of a step goes
+    $PYTHON tools/step_time.py "$WORK/llama-3.1-8b.gguf" --policy "$WORK/llama-3.1-8b-per-head.json" --policy "$WORK/llama-3.1-8b-sparse.json" \
+        -np "$1" -d "$2" > "$OUT/steps-llama-3.1-8b-$1.json"
 }
 
 STEPS=("$@")
-[ ${#STEPS[@]} -gt 0 ] || STEPS=(build test kernels models bench)
+[ ${#STEPS[@]} -gt 0 ] || STEPS=(build test kernels models bench steps)
 for step in "${STEPS[@]}"; do
     case $step in
         build) build ;;
@@ -84,7 +95,8 @@ for step in "${STEPS[@]}"; do
         kernels) run_kernels ;;
         models) make_models ;;
         bench) run_bench ;;
-        *) echo "tools/gpu.sh: $step: expected build, test, kernels, models or bench" >&2; exit 2 ;;
+        steps) steps 8 65536; steps 4 131072 ;;
+        *) echo "tools/gpu.sh: $step: expected build, test, kernels, models, bench or steps" >&2; exit 2 ;;
     esac
     echo "$step done after $SECONDS s" >&2
 done

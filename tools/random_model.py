@@ -91,11 +91,12 @@ def every(layers: int, n: int) -> str:
     return roles[:-1] + "F" if roles[-1] == "S" else roles  # a selection that nobody reuses
 
 
-def policy_of(roles: str, kv_heads: int, top_k: int, lists: int) -> Policy:
-    """F full, S select, R reuse of the nearest S before it"""
+def policy_of(roles: str, kv_heads: int, top_k: int, lists: int, sparse_select: bool = False) -> Policy:
+    """F full, S select, R reuse of the nearest S before it; sparse_select: S attends only to what it selects"""
     source = [-1 if role == "F" else roles.rindex("S", 0, i + 1) for i, role in enumerate(roles)]
     mode = [{"F": FULL, "S": SELECT, "R": REUSE}[role] for role in roles]
-    return Policy(layer_mode=mode, layer_source=source, head_kv_count=kv_heads, lists=lists, top_k=top_k, summary=roles)
+    sparse = [int(role == "S") for role in roles] if sparse_select else None
+    return Policy(layer_mode=mode, layer_source=source, head_kv_count=kv_heads, lists=lists, top_k=top_k, sparse_select=sparse, summary=roles)
 
 
 def main() -> None:
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, metavar="N", help="one select layer at the head of every N (default 4)")
     parser.add_argument("--roles", metavar="ROLES", help="instead of --every: F (full), S (select) or R (reuse) for each layer")
     parser.add_argument("--lists", type=int, choices=(1, 0), default=1, help="1: one list for all heads (default), 0: one per KV head")
+    parser.add_argument("--sparse-select", action="store_true", help="select layers attend only to what they select")
     parser.add_argument("--top-k", type=int, default=2048, metavar="K")
     args = parser.parse_args()
     if not Path(args.output).exists():
@@ -115,7 +117,7 @@ def main() -> None:
         sys.exit(f"{args.output}: this file exists; choose another")
     if args.policy:
         layers, kv_heads = SHAPES[args.shape][0], SHAPES[args.shape][4]
-        policy_of(args.roles or every(layers, args.every), kv_heads, args.top_k, args.lists or kv_heads).save(args.policy)
+        policy_of(args.roles or every(layers, args.every), kv_heads, args.top_k, args.lists or kv_heads, args.sparse_select).save(args.policy)
 
 
 if __name__ == "__main__":

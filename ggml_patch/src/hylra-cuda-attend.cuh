@@ -6,6 +6,8 @@
 #include "hylra-cuda-rows.cuh"
 #include "hylra-cuda.cuh"
 
+#include <type_traits>
+
 constexpr float HYLRA_LOG2E = 1.4426950408889634f;
 // Weights are at most 2^8 instead of 1, so that small ones keep their precision as halves.
 constexpr float HYLRA_CUDA_HEADROOM = 8.0f;
@@ -302,14 +304,57 @@ static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk,
     }
 }
 
+// The softmax states of one group of columns alone, for a layer of which only scores are wanted
+template <bool SPLIT>
+static __device__ void hylra_store_state(const hylra_cuda_job & job, int chunk, int stream, int head_kv, int first_column, const hylra_column (&columns)[2],
+                                         const hylra_softmax & state, float2 (*norms)[8] /* [warps] */) {
+    const int warp = threadIdx.x/32, g = threadIdx.x%32/4, t = threadIdx.x%4;
+    if constexpr (SPLIT) {
+        for (int c = 0; c < 2 && g == 0; ++c) {
+            if (columns[c].head >= 0) {
+                hylra_store_norm(job, chunk, stream, columns[c], state.ref[c], state.sum[c]);
+            }
+        }
+        return;
+    }
+    __syncthreads();
+    if (g == 0) {
+        norms[warp][2*t]     = make_float2(state.ref[0], state.sum[0]);
+        norms[warp][2*t + 1] = make_float2(state.ref[1], state.sum[1]);
+    }
+    __syncthreads();
+    const int at = threadIdx.x;
+    const hylra_column column = hylra_column_of<false>(job.attn, job.plan, at < 8 ? first_column + at : job.plan.n_column, head_kv, 0);
+    if (column.head < 0) {
+        return;
+    }
+    float ref = -INFINITY, sum = 0.0f;
+    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
+        ref = fmaxf(ref, norms[w][at].x);
+    }
+    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
+        sum += ref == -INFINITY ? 0.0f : exp2f(norms[w][at].x - ref)*norms[w][at].y;
+    }
+    hylra_store_norm(job, chunk, stream, column, ref, sum);
+}
+
+// What a kernel does: all cells, a list of cells, or all cells without V
+enum hylra_attend_mode { HYLRA_ATTEND_ALL, HYLRA_ATTEND_LISTED, HYLRA_ATTEND_SCORES };
+
+// Blocks per processor that registers are kept few enough for
+constexpr int hylra_blocks_wanted(int n_embd_v, int wide, hylra_attend_mode mode) {
+    return mode == HYLRA_ATTEND_SCORES ? (n_embd_v*wide <= 256 ? 4 : 3) : n_embd_v*wide <= 128 ? 3 : 2;
+}
+
 // grid: (blocks of columns * chunks, KV heads, streams or with lists streams * tokens)
-template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, bool LISTED, bool SPLIT>
-static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128 ? 3 : 2) hylra_attend_kernel(const __grid_constant__ hylra_cuda_job job) {
+template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, hylra_attend_mode MODE, bool SPLIT>
+static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wanted(EMBD_V, WIDE, MODE)) hylra_attend_kernel(const __grid_constant__ hylra_cuda_job job) {
+    constexpr bool LISTED = MODE == HYLRA_ATTEND_LISTED, SCORES = MODE == HYLRA_ATTEND_SCORES;
     constexpr int  Q_FRAGS = WIDE*EMBD_K; // of a warp (SPLIT) or of the block
     constexpr int  V_BATCH = EMBD_V <= 128 ? EMBD_V/64 : 2;
     constexpr bool V_EARLY = EMBD_V*WIDE <= 128; // V under way while K is computed: where registers allow
     __shared__ uint4  q_frags[SPLIT ? HYLRA_CUDA_WARPS*Q_FRAGS : Q_FRAGS];
-    __shared__ float  merge[SPLIT ? 1 : HYLRA_CUDA_WARPS*8*(EMBD_V + 1)];
+    __shared__ float  merge[SPLIT || SCORES ? 1 : HYLRA_CUDA_WARPS*8*(EMBD_V + 1)];
     __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
 
     hylra_await();
@@ -357,14 +402,14 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
         float s[WIDE][4];
         uint32_t weights[WIDE][2], p_frags[WIDE][2];
         uint4 rows[V_BATCH][4];
-        if (V_EARLY) {
+        if constexpr (V_EARLY && !SCORES) {
             hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, 0, rows);
         }
         hylra_tile_logits<TYPE, EMBD_K, WIDE>(a, k, tile, q, s);
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
             const float2 shrink = hylra_tile_weights(state[w], s[w]);
-            if (__any_sync(0xFFFFFFFFu, shrink.x != 1.0f || shrink.y != 1.0f)) {
+            if (!SCORES && __any_sync(0xFFFFFFFFu, shrink.x != 1.0f || shrink.y != 1.0f)) {
 #pragma unroll
                 for (int m = 0; m < EMBD_V/16; ++m) {
                     out[w][m][0] *= shrink.x;
@@ -376,11 +421,11 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 weights[w][i] = hylra_bits(__floats2half2_rn(s[w][2*i], s[w][2*i + 1]));
-                p_frags[w][i] = hylra_transpose(weights[w][i]);
+                p_frags[w][i] = SCORES ? 0u : hylra_transpose(weights[w][i]);
             }
         }
 #pragma unroll
-        for (int octets = 0; octets < EMBD_V/64; octets += V_BATCH) {
+        for (int octets = 0; octets < (SCORES ? 0 : EMBD_V/64); octets += V_BATCH) {
             if (!V_EARLY || octets > 0) {
                 hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, octets, rows);
             }
@@ -402,7 +447,9 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
                 state[w].sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state[w].sum[c], mask);
             }
         }
-        if constexpr (SPLIT) {
+        if constexpr (SCORES) {
+            hylra_store_state<SPLIT>(job, chunk, stream, head_kv, column0 + 8*w, columns[w], state[w], norms);
+        } else if constexpr (SPLIT) {
             hylra_store_split<TYPE, EMBD_V>(job, chunk, stream, columns[w], state[w], out[w]);
         } else {
             hylra_store_merged<LISTED, TYPE, EMBD_V>(job, chunk, stream, head_kv, token0, column0 + 8*w, state[w], out[w], merge, norms);
@@ -415,10 +462,15 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, EMBD_V*WIDE <= 128
 template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, bool SPLIT> static void hylra_launch(const hylra_cuda_job & job, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
     const dim3 grid(job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.cells ? a.n_stream*a.n_tokens : a.n_stream);
+    const auto enqueue = [&](auto mode) {
+        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, decltype(mode)::value, SPLIT>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
+    };
     if (a.cells) {
-        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, true, SPLIT>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
+        enqueue(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_LISTED>());
+    } else if (job.plan.scores_only) {
+        enqueue(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_SCORES>());
     } else {
-        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, false, SPLIT>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
+        enqueue(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_ALL>());
     }
 }
 

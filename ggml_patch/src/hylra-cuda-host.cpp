@@ -36,7 +36,7 @@ bool hylra_cuda_fits(const hylra_attn & a, int lists) {
            a.n_tokens*a.n_stream <= HYLRA_CUDA_MAX_TOKENS && a.n_head_kv%lists == 0;
 }
 
-size_t hylra_cuda_floats(const hylra_attn & attn, int n_listed, bool listed, int select_lists) {
-    const hylra_cuda_plan plan = hylra_cuda_plan_of(attn, n_listed, listed);
+size_t hylra_cuda_floats(const hylra_attn & attn, int n_listed, bool listed, int select_lists, bool scores_only) {
+    const hylra_cuda_plan plan = hylra_cuda_plan_of(attn, n_listed, listed, scores_only);
     return hylra_cuda_layout_of(attn, plan, select_lists).size/sizeof(float);
 }

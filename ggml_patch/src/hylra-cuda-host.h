@@ -14,4 +14,4 @@ bool hylra_cuda_is_ours(ggml_backend_device * device);
 // Types, sizes and alignments; `lists`: of the policy.
 bool hylra_cuda_fits(const hylra_attn & attn, int lists);
 
-size_t hylra_cuda_floats(const hylra_attn & attn, int n_listed, bool listed, int select_lists);
+size_t hylra_cuda_floats(const hylra_attn & attn, int n_listed, bool listed, int select_lists, bool scores_only);

@@ -19,6 +19,7 @@ constexpr int HYLRA_CUDA_TILE       = 16;      // cells of one matrix instructio
 constexpr int HYLRA_CUDA_WARPS      = 4;       // of a block
 constexpr int HYLRA_CUDA_COLUMNS    = 8;       // of a group
 constexpr int HYLRA_CUDA_BLOCKS     = 392;     // blocks that fill a large card once (H200: 132 processors, 3 blocks each)
+constexpr int HYLRA_CUDA_SCORING_BLOCKS = 528; // without V a block needs fewer registers: 4 each
 constexpr int HYLRA_CUDA_MAX_CHUNKS = 64;
 constexpr int HYLRA_CUDA_MAX_HEADS_KV = 256;
 constexpr int HYLRA_CUDA_MAX_TOKENS = 64;      // of a batch, all streams together
@@ -31,11 +32,12 @@ struct hylra_cuda_plan {
     int32_t n_block_column; // blocks that share the columns
     int32_t n_group;      // groups of eight columns, padded to whole blocks
     int32_t n_chunk, chunk_cells;
+    int32_t scores_only;  // V stays unread, there are no outputs
 };
 
 HYLRA_HD inline int hylra_ceil_div(int a, int b) { return (a + b - 1)/b; }
 
-HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_listed, bool listed) {
+HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_listed, bool listed, bool scores_only) {
     const int group = a.n_head/a.n_head_kv;
     hylra_cuda_plan p = {};
     p.n_column = listed ? group : group*a.n_tokens;
@@ -47,7 +49,8 @@ HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_l
     // cells that the warps of a block take in one step; a chunk holds whole steps
     const int step = HYLRA_CUDA_TILE*(p.split ? 1 : HYLRA_CUDA_WARPS);
     const int rows = a.n_head_kv*a.n_stream*(listed ? a.n_tokens : 1)*p.n_block_column;
-    int n_chunk = HYLRA_CUDA_BLOCKS/rows;
+    p.scores_only = scores_only;
+    int n_chunk = (scores_only ? HYLRA_CUDA_SCORING_BLOCKS : HYLRA_CUDA_BLOCKS)/rows;
     n_chunk = n_chunk < 1 ? 1 : n_chunk > HYLRA_CUDA_MAX_CHUNKS ? HYLRA_CUDA_MAX_CHUNKS : n_chunk;
     p.chunk_cells = hylra_ceil_div(hylra_ceil_div(n_listed, n_chunk), step)*step;
     p.n_chunk     = hylra_ceil_div(n_listed, p.chunk_cells);
@@ -56,7 +59,7 @@ HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_l
 
 // Where the parts of the scratch begin, in bytes. A row is one head of one token.
 struct hylra_cuda_layout {
-    size_t outputs;  // F32 [n_embd_v, n_chunk, rows] unnormalised
+    size_t outputs;  // F32 [n_embd_v, n_chunk, rows] unnormalised; none if only scores are wanted
     size_t norms;    // F32 [2, n_chunk, rows] reference of the exponents (base 2) and their sum
     size_t totals;   // F32 [2, rows] the same over all chunks, the sum inverted
     // of a select layer
@@ -73,7 +76,7 @@ HYLRA_HD inline hylra_cuda_layout hylra_cuda_layout_of(const hylra_attn & a, con
     const size_t groups = select_lists ? size_t(p.n_group)*a.n_head_kv*a.n_stream : 0;
     const size_t tiles = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE);
     hylra_cuda_layout l = {};
-    l.norms   = l.outputs + hylra_aligned(rows*p.n_chunk*a.n_embd_v*sizeof(float));
+    l.norms   = l.outputs + (p.scores_only ? 0 : hylra_aligned(rows*p.n_chunk*a.n_embd_v*sizeof(float)));
     l.totals  = l.norms   + hylra_aligned(rows*p.n_chunk*2*sizeof(float));
     l.peaks   = l.totals  + hylra_aligned(rows*2*sizeof(float));
     l.weights = l.peaks   + hylra_aligned(groups*tiles*HYLRA_CUDA_COLUMNS*sizeof(float));

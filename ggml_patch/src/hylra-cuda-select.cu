@@ -62,7 +62,9 @@ static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const 
     const float * parts = (const float *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*a.n_embd_v;
     const int lane = threadIdx.x%REDUCE_DIMS, first = threadIdx.x/REDUCE_DIMS;
     float x[REDUCE_PARTS];
-    load_parts(parts, a.n_embd_v, n_chunk, first, lane, x); // on their way while the factors are computed
+    if (!job.plan.scores_only) {
+        load_parts(parts, a.n_embd_v, n_chunk, first, lane, x); // on their way while the factors are computed
+    }
     if (threadIdx.x < 32) {
         chunk_factors(job, row, factors);
     }
@@ -70,6 +72,9 @@ static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const 
     const int n_bin = job.select_lists*a.n_tokens*a.n_stream*HYLRA_CUDA_BINS;
     for (int i = row*REDUCE_THREADS + threadIdx.x; i < n_bin; i += gridDim.x*REDUCE_THREADS) {
         bins[i] = 0;
+    }
+    if (job.plan.scores_only) {
+        return;
     }
     __syncthreads();
     __shared__ float sums[REDUCE_THREADS];

@@ -24,10 +24,10 @@ void hylra_cuda_attend(const hylra_cuda_job & job, cudaStream_t stream) {
     }
 }
 
-hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_list, int select_lists, void * scratch) {
+hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_list, int select_lists, bool scores_only, void * scratch) {
     hylra_cuda_job job = {};
     job.attn         = attn;
-    job.plan         = hylra_cuda_plan_of(attn, attn.cells ? attn.n_cells : attn.n_kv, attn.cells != nullptr);
+    job.plan         = hylra_cuda_plan_of(attn, attn.cells ? attn.n_cells : attn.n_kv, attn.cells != nullptr, scores_only);
     job.layout       = hylra_cuda_layout_of(attn, job.plan, select_lists);
     job.scratch      = (char *) scratch;
     job.select_lists = select_lists;
@@ -41,7 +41,7 @@ hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_l
 
 static hylra_cuda_job job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks) {
     const hylra_attn attn = hylra_attn_of_node(op, attend, sinks);
-    return hylra_cuda_job_of(attn, op.head_list.data(), op.weights ? op.lists : 0, attend->data);
+    return hylra_cuda_job_of(attn, op.head_list.data(), op.weights ? op.lists : 0, op.scores_only, attend->data);
 }
 
 static void compute_pool(const hylra_op & op, ggml_tensor * node, cudaStream_t stream) {

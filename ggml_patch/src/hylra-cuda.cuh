@@ -16,11 +16,11 @@ struct hylra_cuda_job {
     int16_t           head_list[HYLRA_CUDA_MAX_HEADS_KV]; // list that each KV head takes, if cells are listed
 };
 
-hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_list, int select_lists, void * scratch);
+hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_list, int select_lists, bool scores_only, void * scratch);
 
 void hylra_cuda_attend(const hylra_cuda_job & job, cudaStream_t stream);
 
-// out: F32 [n_embd_v, n_head, n_tokens, n_stream]; also leaves the normalisers and empty bins for pool
+// out: F32 [n_embd_v, n_head, n_tokens, n_stream], left alone if only scores are wanted; also leaves the normalisers and empty bins for pool
 void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t stream);
 
 // scores: F32 [n_kv, lists, n_tokens, n_stream]; forced: I32 [n_forced, n_tokens*n_stream], -1 = none

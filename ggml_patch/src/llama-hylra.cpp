@@ -259,7 +259,7 @@ struct layer_builder {
     ggml_tensor * attend(hylra_op & op, ggml_tensor * cells) const {
         const int n_listed = int(cells ? cells->ne[0] : k->ne[1]);
         const hylra_attn attn = hylra_attn_of(q, k, v, kq_mask, sinks);
-        const int64_t n = int64_t(device ? hylra_cuda_floats(attn, n_listed, cells != nullptr, op.weights ? op.lists : 0)
+        const int64_t n = int64_t(device ? hylra_cuda_floats(attn, n_listed, cells != nullptr, op.weights ? op.lists : 0, op.scores_only)
                                          : hylra_attend_floats(attn, n_listed, op.weights));
         return custom("attend", GGML_TYPE_F32, { n, 1, 1, 1 }, { q, k, v, kq_mask, cells }, hylra_node_attend, op);
     }
@@ -367,6 +367,7 @@ ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q,
     hylra_layer_state state = judge(input, graph, q, k, v, kq_mask, n_kv_max, il);
     ggml_tensor * out = nullptr;
     if (state == HYLRA_LAYER_SERVED) {
+        llama_hylra_want_kept_mask(kq_mask);
         const ggml_backend_dev_t device = place_of(k, v).device;
         if (device && input.policy->layer_mode[il] == HYLRA_FULL) {
             input.layer_states[il] = state;

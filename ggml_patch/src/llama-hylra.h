@@ -6,12 +6,15 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 struct ggml_backend_buffer;
 struct ggml_tensor;
+class  llama_kv_cells;
 struct llama_hylra_context;
 struct llama_model;
 struct llama_model_loader;
+struct llama_ubatch;
 struct llm_graph_context;
 
 // llama_model_base::load_hparams, after the architecture's own hyperparameters
@@ -28,3 +31,10 @@ void llama_hylra_cache_allocated(const llama_model & model, ggml_backend_buffer 
 //   returns F32 [n_embd_v, n_head, n_tokens, n_stream], the layout of ggml_flash_attn_ext
 ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
                                ggml_tensor * kq_mask, ggml_tensor * sinks, int64_t n_kv_max, float kq_scale, int il);
+
+// For the mask of a graph that holds our nodes: llama_hylra_kq_mask may fill it.
+void llama_hylra_want_kept_mask(ggml_tensor * mask);
+
+// llama_kv_cache::set_input_kq_mask, for causal attention without sliding window and ALiBi; false: not ours, fill it the stock way
+bool llama_hylra_kq_mask(ggml_tensor * mask, const llama_ubatch & ubatch, std::vector<llama_kv_cells> & v_cells,
+                         const std::vector<uint32_t> & seq_to_stream);
