@@ -53,11 +53,6 @@ class Forward:
     def clear(self) -> None:
         self.api.llama_memory_clear(self.memory, True)
 
-    def forget_from(self, position: int) -> None:
-        if not self.api.llama_memory_seq_rm(self.memory, 0, position, -1):
-            raise ProfileError(f"{self.path}: the memory of this model cannot forget its last tokens (recurrent layers), "
-                               "so a step cannot be repeated with and without the policy")
-
     def save_cache(self, path: str, n_tokens: int) -> bool:
         """False if it could not be written"""
         marks = (self.api.llama_token * n_tokens)()  # the file format counts tokens; which they are does not matter here
