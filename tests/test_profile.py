@@ -128,7 +128,7 @@ def test_profile_of_two_texts_and_lengths(tiny, tmp_path):
     assert Profile.load(str(tmp_path / "p.json")).texts == ["one", "two"]
 
 
-@pytest.mark.parametrize("type_kv", ["bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("type_kv", ["bf16", "q8_0", "q4_0", "q8_0/bf16", "f16/q8_0"])
 def test_kv_types_agree_within_their_rounding(tiny, type_kv):
     exact = profile_model(tiny, TEXTS, SMALL)
     found = profile_model(tiny, TEXTS, Options(**{**vars(SMALL), "type_kv": type_kv}))
@@ -225,6 +225,7 @@ def count_tokens(monkeypatch):
 def test_an_interrupted_profile_goes_on_where_it_was(tiny, tmp_path, monkeypatch, interval_s, read_before, read_after):
     whole, output = profile_model(tiny, TEXTS, SMALL), str(tmp_path / "p.json")
     monkeypatch.setattr(resume, "KV_INTERVAL_S", interval_s)
+    monkeypatch.setattr(resume, "KV_SHARE", np.inf)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupted_at(patch, read_before)
         profile_model(tiny, TEXTS, SMALL, output)
@@ -235,9 +236,28 @@ def test_an_interrupted_profile_goes_on_where_it_was(tiny, tmp_path, monkeypatch
         np.testing.assert_array_equal(found.arrays[key], array)
 
 
+def test_a_slow_disk_is_written_less_often(tmp_path, monkeypatch):
+    """Seconds of a clock: writes at 20, each lasts 3, so the next is due 60 after its end."""
+    clock, written = [0.0], []
+    monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
+
+    def save_cache(path, _n_tokens):
+        written.append(clock[0])
+        clock[0] += 3
+        (tmp_path / path).write_bytes(b"cells")
+        return True
+
+    partial = resume.Partial(str(tmp_path / "p.json"), {})
+    for second in range(1, 200):
+        clock[0] = max(clock[0], float(second))
+        partial.save_kv(SimpleNamespace(save_cache=save_cache), resume.Place(0, second), {})
+    assert written == [20, 83, 146]
+
+
 def test_a_lost_cache_only_costs_the_text(tiny, tmp_path, monkeypatch):
     output = str(tmp_path / "p.json")
     monkeypatch.setattr(resume, "KV_INTERVAL_S", 0.0)
+    monkeypatch.setattr(resume, "KV_SHARE", np.inf)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupted_at(patch, 1536)
         profile_model(tiny, TEXTS, SMALL, output)
@@ -291,6 +311,7 @@ def test_a_failed_decode_is_one_line(tiny, monkeypatch):
 
 @pytest.mark.parametrize("change, words", [
     ({"type_kv": "q5_1"}, "-ctk q5_1: expected one of f16 q4_0 q8_0 bf16"), ({"type_kv": "f32"}, "-ctk f32: expected one of f16"),
+    ({"type_kv": "q8_0/q5_1"}, "-ctv q5_1: expected one of f16 q4_0 q8_0 bf16"),
     ({"block_sizes": (8,)}, "--block-sizes 8: expected 1, or 16 to 128"),
     ({"contexts": [4096]}, "one: 2048 tokens, shorter than the context of 4096; lower -c or give a longer text"),
     ({"contexts": [40]}, "-c 40: too short to profile"), ({"samples": 0}, "--samples 0"), ({"top_k": [200]}, "top_k 200 is below the 260"),
