@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,6 +236,35 @@ def test_an_interrupted_profile_goes_on_where_it_was(tiny, tmp_path, monkeypatch
     read = count_tokens(monkeypatch)
     found = profile_model(tiny, TEXTS, SMALL, output)
     assert sum(read) == read_after
+    for key, array in whole.arrays.items():
+        np.testing.assert_array_equal(found.arrays[key], array)
+
+
+KILLED = """
+import os, signal, sys
+from support import random_tokens
+from hylra_gguf import resume
+from hylra_gguf.forward import Forward
+from hylra_gguf.profile import Options, profile_model
+decode, left = Forward.decode, [1536]
+def once(self, tokens, start, outputs):
+    if left[0] <= 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= len(tokens)
+    return decode(self, tokens, start, outputs)
+Forward.decode, Forward.tokenize = once, lambda self, text: random_tokens(2048, seed=ord(text[0]))
+resume.KV_INTERVAL_S, resume.KV_SHARE = 0.0, float("inf")
+profile_model(sys.argv[1], [("one", "a"), ("two", "b")], Options(contexts=[1024], top_k=[300], samples=4, n_threads=1, progress=False), sys.argv[2])
+"""
+
+
+def test_a_killed_profile_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
+    whole, output = profile_model(tiny, TEXTS, SMALL), str(tmp_path / "p.json")
+    killed = subprocess.run([sys.executable, "-c", KILLED, tiny, output], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert killed.returncode == -signal.SIGKILL
+    read = count_tokens(monkeypatch)
+    found = profile_model(tiny, TEXTS, SMALL, output)
+    assert sum(read) == 512
     for key, array in whole.arrays.items():
         np.testing.assert_array_equal(found.arrays[key], array)
 
