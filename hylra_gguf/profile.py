@@ -191,6 +191,8 @@ def check_options(options: Options) -> None:
 def choose_contexts(asked: list[int] | None, n_ctx_train: int) -> list[int]:
     """Ascending token counts that whole ubatches reach"""
     wanted = asked or [min(n_ctx_train, MAX_CONTEXT)]
+    if max(wanted) > n_ctx_train:
+        raise ProfileError(f"-c {max(wanted)}: beyond the {n_ctx_train} tokens that this model was trained for; lower -c")
     counts = sorted({sum(map(len, ubatches(n_ctx))) for n_ctx in wanted})
     if counts[0] == 0:
         raise ProfileError(f"-c {min(wanted)}: too short to profile; expected some thousand tokens, for example 4096")
