@@ -56,6 +56,7 @@ class Judge:
         engine.set_policy(self.context.ctx, None)
         for seq, tokens in enumerate(texts):
             self.context.prefill(tokens[:depth], seq=seq, progress=progress)
+            self.context.keep(depth, seq)
         self.reference = [np.concatenate(list(self._log_probs(dense_policy(policy), seq))) for seq in range(len(texts))]
 
     def __enter__(self) -> Judge:

@@ -1,7 +1,7 @@
 """`plan --refine MODEL`: changes single layers, sources and budgets of a policy while the measured KL divergence of this very file falls.
 
 A change may not make a decode step read more cells. Half of the tokens decides, the other half only reports, so that what is shown is
-no product of the search. Refuses models whose cache cannot be rewound.
+no product of the search.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ the profile finds the same layers; the whole chain of commands on MLA; policies 
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -16,9 +17,10 @@ from support import Session, full_like, policy, random_tokens, run_on_stock, sil
 from hylra_gguf import engine
 from hylra_gguf.cli import main
 from hylra_gguf.drift import measure_drift
-from hylra_gguf.errors import PolicyError
+from hylra_gguf.errors import HylraError, PolicyError
 from hylra_gguf.plan import plan_policy
 from hylra_gguf.profile import Options, profile_model
+from hylra_gguf.session import ALL_SEQUENCES, Context, Model
 
 engine.activate()
 ALL = {**ARCHITECTURES, **LARGE, **TRAINED}
@@ -217,14 +219,53 @@ def test_drift_tells_layers_that_share_a_kv_cache_apart(model):
     assert all(0.1 < row["planned"] < 0.999 and row["tokens"] == 16 for row in rows)
 
 
-def test_commands_that_must_rewind_refuse_hybrids_in_one_line(model, tmp_path, capsys):
-    path, own = str(model("lfm2 (hybrid)")), str(tmp_path / "policy.json")
-    policy_of("lfm2 (hybrid)").save(own)
-    for line, words in ((["bench", path, "--policy", own, "-d", "300", "--arms", "full,hylra"], "cannot be rewound"),
-                        (["profile", path, "--policy", own, "-c", "1024"], "cannot forget its last tokens")):
-        code = main([*line, "-t", "1", "--no-progress"])
-        out, err = capsys.readouterr()
-        assert (code, out) == (2, "") and words in err.splitlines()[-1]
+HYBRIDS = [name for name, a in ARCHITECTURES.items() if "r" in a.layers or a.arch == "falcon-h1"]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_rewound_hybrid_goes_on_as_if_nothing_had_been_read(model, name):
+    tokens, tail = random_tokens(600), random_tokens(8, 9)
+    with Model(str(model(name))) as opened, Context(opened, 1024, n_seq=2) as context:
+        context.prefill(tokens[:520])
+        context.keep(520)
+        context.prefill(tokens[520:], 520)
+        context.keep(600)
+        context.copy_first(1)
+        found = {}
+        for depth, seq in itertools.product((600, 520), (0, 1, 0, 1)):
+            context.rewind(depth, ALL_SEQUENCES)
+            context.decode(tail, depth, seq, outputs=range(8))
+            found.setdefault(depth, []).append(context.logits(8).copy())
+        for logits in found.values():
+            for again in logits[1:]:
+                np.testing.assert_array_equal(again, logits[0])
+        assert np.abs(found[600][0] - found[520][0]).max() > 1e-3
+        context.rewind(520)
+        with pytest.raises(HylraError, match="recurrent layers of this model cannot be rewound to 500 tokens"):
+            context.rewind(500)
+
+
+@pytest.mark.parametrize("name", ["lfm2 (hybrid)", "qwen3next (hybrid)"])
+def test_commands_that_rewind_on_hybrids(model, name, tmp_path, capsys):
+    path, own, plan = str(model(name)), str(tmp_path / "policy.json"), str(tmp_path / "p.npz")
+    policy_of(name, top_k=100).save(own)
+
+    def run(line: str) -> str:
+        assert main([*line.split(), "-t", "1", "--no-progress"]) in (0, None), capsys.readouterr().err
+        return capsys.readouterr().out
+
+    rows = json.loads(run(f"bench {path} --policy {own} -d 300,600 -np 2 -n 2 -r 2 -o json"))
+    assert {row["hylra_sparse_steps"] > 0 for row in rows if row["arm"] in ("full", "hylra")} == {True}
+    assert [row["n_depth"] for row in rows] == [300] * 4 + [600] * 4 and {row["fill"] for row in rows} == {rows[0]["fill"]} != {"synthetic"}
+    rows = json.loads(run(f"profile {path} --policy {own} -c 1024 -o json"))
+    assert len(rows) == policy_of(name).layer_mode.count(2) and all(0.05 < row["in_chain"] < 0.999 for row in rows)
+    run(f"profile {path} -c 1024 --top-k 300 --samples 4 -o {plan}")
+    (tmp_path / "a.txt").write_text(text_of(1000))
+    refined = tmp_path / "refined.json"
+    first, text = ALL[name].layers.index("a"), tmp_path / "a.txt"
+    line = f"plan {plan} --strategy explicit --layers {first} --max-sensitivity 9 --refine {path} --text {text} -c 600 --minutes 0.2 -t 1"
+    assert main([*line.split(), "-o", str(refined)]) in (0, None), capsys.readouterr().err
+    assert "refined at 600 tokens" in json.loads(refined.read_text())["tool"] and "held out" in capsys.readouterr().err
 
 
 def test_every_command_on_mla(model, tmp_path, monkeypatch, capsys):
