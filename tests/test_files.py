@@ -109,6 +109,26 @@ def test_many_writers_at_once_never_break_the_file(model, tmp_path):
     assert sha256(model) == before and os.listdir(tmp_path) == ["model.gguf"]
 
 
+def test_a_new_copy_that_another_writer_takes_for_a_leftover_is_left_to_it(model, tmp_path, monkeypatch):
+    """Between the moment it is made and its lock another writer may lock it, to remove it: then its name is no longer ours to rename."""
+    temporary, real, other = tmp_path / ".model.gguf.hylra.tmp", fcntl.flock, []
+
+    def flock(fd, how):
+        if not other:
+            other.append(os.open(temporary, os.O_RDONLY))
+            real(other[0], how)
+        elif temporary.exists() and os.path.samestat(os.fstat(other[0]), temporary.stat()):
+            temporary.unlink()
+            real(other[0], fcntl.LOCK_UN)
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_policy(model, POLICY)
+    assert read_policy(model) == POLICY and os.listdir(tmp_path) == ["model.gguf"]
+    assert not os.path.samestat(os.fstat(other[0]), model.stat())
+    os.close(other[0])
+
+
 def test_without_locks_the_second_writer_is_refused_and_told_about_the_leftover(model, tmp_path, monkeypatch):
     """Some network file systems: no lock can say whether the writer of a temporary file still lives."""
     monkeypatch.setattr(files, "LOCK_WAIT_S", 0.1)
