@@ -154,6 +154,30 @@ def test_a_temporary_name_that_is_taken_is_one_line(make, model, tmp_path, monke
 
 # ---- other disks, other processes
 
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=200k tmpfs "$1" && cp model.gguf "$1" && cd "$1" || exit 9
+head -c 80000 /dev/zero > other
+"$2" -m hylra_gguf embed-policy model.gguf --policy "$3/policy.json"
+echo $? $(ls -A) $(sha256sum < model.gguf)
+rm other
+"$2" -m hylra_gguf embed-policy model.gguf --policy "$3/policy.json" 2> /dev/null
+echo $? $(ls -A)
+"""
+
+
+def test_a_disk_that_is_really_full_is_one_line_and_stays_as_it_is(tmp_path):
+    """A tmpfs in a name space of its own; when there is room again, the same command works."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk in a name space of their own")
+    model = write_model(tmp_path / "model.gguf", tail=os.urandom(80000))
+    POLICY.save(tmp_path / "policy.json")
+    (tmp_path / "disk").mkdir()
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", ON_A_SMALL_DISK, "sh", tmp_path / "disk", sys.executable, tmp_path],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"2 model.gguf other {sha256(model)} -", "0 model.gguf"], done.stderr
+    assert done.stderr == "hylra-gguf: error: model.gguf: No space left on device; nothing was changed, free some space or write to another disk with -o\n"
+
+
 def test_a_link_to_another_disk_is_followed(model, tmp_path):
     """The copy is made beside the real file, so that the rename stays on its disk."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
