@@ -160,7 +160,7 @@ head -c 80000 /dev/zero > other
 "$2" -m hylra_gguf embed-policy model.gguf --policy "$3/policy.json"
 echo $? $(ls -A) $(sha256sum < model.gguf)
 rm other
-"$2" -m hylra_gguf embed-policy model.gguf --policy "$3/policy.json" 2> /dev/null
+"$2" -m hylra_gguf embed-policy model.gguf --policy "$3/policy.json" > /dev/null 2>&1
 echo $? $(ls -A)
 """
 
