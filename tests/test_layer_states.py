@@ -64,7 +64,7 @@ def test_a_batch_that_needs_too_much_memory_leaves_its_layer_and_those_that_reus
     assert status["left_to_stock"] == {}, "one token is not too much"
 
 
-def test_where_no_source_is_served_the_batch_is_that_of_stock_and_the_reason_is_the_first(long_session):
+def test_where_no_source_is_served_the_batch_is_dense_and_the_reason_is_the_first(long_session):
     (got, status), (want, _) = (step(long_session, p, full_batch()) for p in (policy("SRRR", head_kv_count=4), None))
     np.testing.assert_array_equal(got, want)
     assert not status["on"] and status["sparse_steps"] == 0 and status["reason"] == f"no layer can be served: {SCRATCH}"
@@ -97,7 +97,7 @@ def encode(s, tokens):
     s.api.llama_batch_free(batch)
 
 
-def test_a_decoder_that_attends_to_an_encoder_stays_stock_and_says_so(tmp_path):
+def test_a_decoder_that_attends_to_an_encoder_stays_dense_and_says_so(tmp_path):
     path, rows = write_architecture(tmp_path / "t5.gguf", t5()), []
     for p in (policy("SR", head_kv_count=4), None):
         with Session(path) as s:
