@@ -13,11 +13,12 @@ from architectures import ARCHITECTURES, LARGE, TRAINED, WHOLE_R1, write_archite
 from reference import Trace, attention, cells_allowed, check_selection, probabilities
 from support import Session, full_like, policy, random_tokens, run_on_stock, silence
 
-from hylra_gguf import engine
+from hylra_gguf import Llama, engine
 from hylra_gguf.cli import main
 from hylra_gguf.drift import measure_drift
 from hylra_gguf.errors import PolicyError
 from hylra_gguf.fill import fill_with_copies
+from hylra_gguf.gguf_header import write_policy
 from hylra_gguf.plan import plan_policy
 from hylra_gguf.profile import Options, profile_model
 
@@ -118,6 +119,16 @@ def test_layers_left_dense_are_named(model, name):
     layers = ALL[name].layers
     _, status = decode(model(name), policy_of(name))
     assert status["on"] and status["left_to_stock"] == {il: WHY[kind] for il, kind in enumerate(layers) if kind in WHY}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "lfm2 (hybrid)", "deepseek2 (MLA)"])
+def test_llama_tells_which_layers_were_left_and_why(model, name, tmp_path):
+    write_policy(model(name), policy_of(name), tmp_path / "m.gguf")
+    llama = Llama(str(tmp_path / "m.gguf"), n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+    assert llama.hylra["left_to_stock"] == {}, "nothing has run so far"
+    llama(text_of(N_PAST), max_tokens=3, temperature=0)
+    left = {il: WHY[kind] for il, kind in enumerate(ALL[name].layers) if kind in WHY}
+    assert llama.hylra["on"] and llama.hylra["sparse_steps"] >= 2 and llama.hylra["left_to_stock"] == left
 
 
 def shared_kv(x):
