@@ -1,7 +1,7 @@
 """Why a layer stays llama.cpp's: every reason that a model and a batch on the CPU can lead to, with what the step then computes.
 
 Sliding windows, recurrent layers, trained sparsity and other kinds of caches are in test_architectures.py, a head that no kernel takes
-is in test_engine.py. A cache on a device without our kernels needs a backend that this build does not have: only its words are tested.
+is in test_engine.py, a cache on a device without our kernels in test_remote_device.py.
 """
 
 from __future__ import annotations
