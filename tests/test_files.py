@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import mmap
 import os
 import subprocess
 import sys
@@ -200,14 +198,24 @@ def test_a_rename_that_is_refused_changes_nothing(code, model, tmp_path, monkeyp
     assert sha256(model) == before and os.listdir(tmp_path) == ["model.gguf"]
 
 
+READER = textwrap.dedent("""
+    import hashlib, mmap, sys
+    with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        print("open", flush=True)
+        sys.stdin.readline()
+        print(hashlib.sha256(mapped).hexdigest(), hashlib.sha256(file.read()).hexdigest())
+""")
+
+
 def test_a_process_that_has_the_model_open_keeps_the_old_one(tmp_path):
     model = write_model(tmp_path / "model.gguf", tail=os.urandom(1 << 20))
     before = sha256(model)
-    with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+    with subprocess.Popen([sys.executable, "-c", READER, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout.readline() == "open\n"
         write_policy(model, POLICY)
         strip(model)
         write_policy(model, LONGER)
-        assert hashlib.sha256(mapped).hexdigest() == before and hashlib.sha256(file.read()).hexdigest() == before
+        assert reader.communicate("now\n")[0].split() == [before, before]
     assert read_policy(model) == LONGER
 
 
