@@ -19,7 +19,7 @@ from .policy import FULL, REUSE, SELECT, Policy
 from .profile_data import Profile, tool_version
 from .solver import NO_SOURCE, Plan, Problem
 
-# Of SmolLM2-135M-Needle-32K at 8K tokens this holds layers 0, 1, 2 and 7 at top_k 512, and none at 2048.
+# Of SmolLM2-135M-Needle-32K at 8K tokens this holds nine of 30 layers at top_k 512, and layer 0 alone at 1024 and 2048.
 DEFAULT_MAX_SENSITIVITY = 0.10
 DEFAULT_TOP_K = 2048
 # LessIsMore with 10 % of the cells fell from 73 to 61 points on AIME when nothing kept the first tokens from a tiny budget.
