@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 from . import __version__, engine
 from .divergence import dense_policy
@@ -70,15 +70,15 @@ def policies_of(args) -> dict[str, Policy]:
     return {name: Policy.load(path) for name, path in zip(names, args.policy)}
 
 
-def check_policies(arms: list[Arm], contexts: dict[bool, Context]) -> None:
+def check_policies(arms: list, context_of: Callable[[Any], Context]) -> None:
     """Before minutes of filling. Raises PolicyError for one that does not fit the model; leaves every context dense."""
     for arm in arms:
         try:
-            engine.set_policy(contexts[arm.flash_attn].ctx, arm.policy)
+            engine.set_policy(context_of(arm).ctx, arm.policy)
         except PolicyError as error:
             raise PolicyError(f"arm {arm.name}: {error}") from None
-    for context in contexts.values():
-        engine.set_policy(context.ctx, None)
+    for arm in arms:
+        engine.set_policy(context_of(arm).ctx, None)
 
 
 # ---- measuring
@@ -140,7 +140,7 @@ def run(args, report: Callable[[str], None]) -> list[dict]:
         n_steps = args.n_gen + n_warm_up(model)
         n_ctx = depths[0] + n_steps
         contexts = {on: stack.enter_context(open_context(model, on, n_ctx, args)) for on in {arm.flash_attn: None for arm in arms}}
-        check_policies(arms, contexts)
+        check_policies(arms, lambda arm: contexts[arm.flash_attn])
         tokens, source = make_tokens(model, n_ctx)
         for on, context in contexts.items():
             report(f"filling {depths[0]} tokens, flash attention {'on' if on else 'off'}")

@@ -12,13 +12,12 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Callable, Iterator
 
 from tqdm import tqdm
 
 from . import engine, eval_arms, eval_documents, eval_report, eval_tasks
-from .bench import facts_of_machine, facts_of_model, policies_of
+from .bench import check_policies, facts_of_machine, facts_of_model, gpu_info, policies_of
 from .errors import HylraError, PolicyError
 from .eval_arms import DENSE, MAX_ANSWER_TOKENS, Arm, Reference, Sitting
 from .eval_documents import Document
@@ -72,17 +71,6 @@ def planned(profile: Profile, flags: str) -> Policy:
         raise PolicyError(f"--plan {flags!r}: {error}") from None
 
 
-def check_arms(arms: list[Arm], contexts: dict[tuple, Context]) -> None:
-    """Before minutes of reading. Raises PolicyError for one that does not fit the model; leaves every context dense."""
-    for arm in arms:
-        try:
-            engine.set_policy(contexts[arm.cache].ctx, arm.policy)
-        except PolicyError as error:
-            raise PolicyError(f"arm {arm.name}: {error}") from None
-    for context in contexts.values():
-        engine.set_policy(context.ctx, None)
-
-
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +83,7 @@ class Examiner:
         threads = args.threads or cpu_count()
         caches = {arm.cache: arm for arm in arms}
         self.contexts = {cache: stack.enter_context(eval_arms.open_context(model, arm, self.n_ctx, threads)) for cache, arm in caches.items()}
-        check_arms(arms, self.contexts)
+        check_policies(arms, lambda arm: self.contexts[arm.cache])
         self.reader = None
         if args.prefill_ngl is not None:
             reader_model = stack.enter_context(Model(args.model, args.prefill_ngl))
@@ -177,11 +165,10 @@ def evaluate(args, report: Callable[[str], None]) -> dict:
 
 
 def facts_of_gpu(args) -> dict:
-    """gpu_info: as the NVIDIA driver names it; empty where no layer was on a GPU"""
+    """gpu_info: empty where no layer was on a GPU, neither in decode nor in the prefill"""
     used = bool(args.n_gpu_layers or args.prefill_ngl)
-    names = [line.split(":", 1)[1].strip() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-             for line in path.read_text().splitlines() if line.startswith("Model")]
-    return {"n_gpu_layers": args.n_gpu_layers, "prefill_ngl": args.prefill_ngl, "gpu_info": ", ".join(names) if used else "",
+    names = gpu_info() if used else ""
+    return {"n_gpu_layers": args.n_gpu_layers, "prefill_ngl": args.prefill_ngl, "gpu_info": names,
             "backends": ("CUDA, CPU" if names else "GPU, CPU") if used else "CPU", "system": engine.activate().llama_print_system_info().decode()}
 
 
