@@ -15,7 +15,8 @@ from hylra_gguf.files import replacing
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "accuracy"
 HEADLINE = ("needle-8k", "needle-16k", "needle-32k")
-FRONTIERS = {"frontier-theta": ("theta-8k", "speed-theta"), "frontier-strategies": ("strategies-32k", "speed-strategies")}
+SPEED = "speed"
+FRONTIERS = {"frontier-theta": "theta-8k", "frontier-strategies": "strategies-32k"}
 
 
 def load(name: str):
@@ -25,7 +26,8 @@ def load(name: str):
 def with_speeds(rows: list[dict], speeds: list[dict]) -> list[dict]:
     """The rows that were timed at their length, each with the speed-up that bench found"""
     found = {(one["arm"], one["n_depth"]): one["speedup"] for one in speeds}
-    return [{**one, "speedup": found[one["arm"], one["n_depth"]]} for one in rows if (one["arm"], one["n_depth"]) in found]
+    policies = [one for one in rows if one["arm"].startswith("hylra") and (one["arm"], one["n_depth"]) in found]
+    return [{**one, "speedup": found[one["arm"], one["n_depth"]]} for one in policies]
 
 
 def figures():
@@ -34,8 +36,8 @@ def figures():
     rows = [row for one in headline for row in one["rows"]]
     yield "needle-grid", eval_plots.needle_grid([asked for one in headline for asked in one["questions"]])
     yield "kld-depth", eval_plots.kld_by_depth([row for row in rows if row["arm"] != "dense"])
-    for name, (result, speed) in FRONTIERS.items():
-        timed = with_speeds(load(result)["rows"], load(speed))
+    for name, result in FRONTIERS.items():
+        timed = with_speeds(load(result)["rows"], load(SPEED))
         yield name, eval_plots.frontier(timed, timed[0]["n_depth"])
 
 
