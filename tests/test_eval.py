@@ -190,6 +190,13 @@ def test_the_whole_command(own, tmp_path, capsys, monkeypatch):
     assert "kld_600" in capsys.readouterr().out
 
 
+def test_a_policy_of_another_model_is_refused_before_any_reading(own, tmp_path, capsys):
+    policy("SRSR").save(tmp_path / "four-layers.json")
+    assert main(["eval", str(own), "-d", "512", "--policy", str(tmp_path / "four-layers.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "arm hylra: " in err.splitlines()[-1] and "document 1" not in err
+
+
 @pytest.mark.parametrize("flags, words", [
     ("-d 100", "-d: documents of fewer than 512 tokens"),
     ("--save --policy x.json", "leave out --policy and --plan"),

@@ -15,7 +15,7 @@ from hylra_gguf.eval_stats import paired_interval, pareto
 PLAN = "hylra:hylra-count"
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "accuracy"
 MARK = re.compile(r"(<!-- (\w+): ([\w. -]+?) -->\n)((?:\|.*\n)*)")
-NAMES = {"dense": "dense (F32 sums)", "stock-fa1": "stock, flash attention on", "stock-fa0": "stock, off", "kv-q8_0": "stock, KV q8_0",
+NAMES = {"dense": "dense", "stock-fa1": "stock, flash attention on", "stock-fa0": "stock, off", "kv-q8_0": "stock, KV q8_0",
          "kv-q4_0": "stock, KV q4_0"}
 
 
@@ -81,14 +81,16 @@ def costs(results: list) -> str:
     *results, timed = results
     speed = {(one["arm"], one["n_depth"]): one for one in timed}
     depths = sorted({one["n_depth"] for one in timed})
-    rows = [row for row in rows_of(results) if (row["arm"], row["n_depth"]) in speed]
-    fronts = {word: pareto([(row[name], speed[row["arm"], row["n_depth"]]["median_ts"]) for row in rows])
+    rows = [row for row in rows_of(results) if row["arm"] != "dense"]
+    timed_rows = [row for row in rows if (row["arm"], row["n_depth"]) in speed]
+    fronts = {word: [row for row, best in zip(timed_rows, pareto([(one[name], speed[one["arm"], one["n_depth"]]["median_ts"])
+                                                                  for one in timed_rows])) if best]
               for word, name in (("points", "score_loss"), ("KLD", "mean_kld"))}
     head = ("length", "arm", "cells read", "points lost", "perplexity", "mean KLD", *(f"tokens/s at {depth}" for depth in depths), "on the front of")
     return markdown(head, [
         [str(row["n_depth"]), label(row), f"{row['reads']:.3f}", asked(row)[2], *text(row)[:2],
-         *("{median_ts:.1f} ({speedup:.2f}x)".format(**speed[row["arm"], depth]) for depth in depths),
-         ", ".join(word for word, on in fronts.items() if on[at])] for at, row in enumerate(rows)])
+         *("{median_ts:.1f} ({speedup:.2f}x)".format(**speed[row["arm"], depth]) if (row["arm"], depth) in speed else "" for depth in depths),
+         ", ".join(word for word, best in fronts.items() if row in best)] for row in rows])
 
 
 def together(results: list) -> str:
