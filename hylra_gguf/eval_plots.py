@@ -126,8 +126,9 @@ def panel(ax: Axes, rows: list[dict], x: np.ndarray, name: str, sign: int) -> No
     ax.plot(x[best][order], y[best][order], color=ARMS["hylra"], linewidth=1, label="Pareto front", zorder=0)
     ax.errorbar(x, y, ends, fmt="none", ecolor="#cccccc", elinewidth=1, zorder=0)
     ax.scatter(x, y, 18, [ARMS["hylra"] if one else LINES[0] for one in best])
-    for place, at in enumerate(np.argsort(x, kind="stable")):
-        is_last = place == len(rows) - 1
-        ax.annotate(rows[at]["arm"].replace("hylra:", ""), (x[at], y[at]), xytext=(-4 if is_last else 3, 4 if place % 2 == 0 or is_last else -9),
-                    textcoords="offset points", ha="right" if is_last else "left", fontsize=6.5)
+    order = np.argsort(x, kind="stable")
+    for place, at in enumerate(order):
+        is_crowded = 0 < place < len(x) - 1 and x[order[place + 1]] - x[at] < 0.1 * np.ptp(x)  # then the label stands on the left
+        ax.annotate(rows[at]["arm"].replace("hylra:", ""), (x[at], y[at]), xytext=(-3 if is_crowded else 3, (4, -9)[place % 2]),
+                    textcoords="offset points", ha="right" if is_crowded else "left", fontsize=6.5)
     ax.set_ylabel("points lost" if name == "score_loss" else "mean KLD (nats)")

@@ -164,8 +164,8 @@ def make_facts(rng: random.Random, kinds: tuple[str, ...], count: int, turn: int
 
 def plant(rng: random.Random, hay: list[int], facts: list[Fact], tokenize: Callable[[str], list[int]],
           n_tokens: int) -> tuple[list[int], list[int], list[Question]]:
-    """(n_tokens of hay and sentences, the hay that was not used, questions). Places are one per slot of equal size, shuffled, so that every depth is asked for; the
-    assignments of a chain keep their order."""
+    """(n_tokens of hay and sentences, the hay that was not used, questions). Places are one per slot of equal size, shuffled, so that every
+    depth is asked for; the assignments of a chain keep their order."""
     n_slots = sum(len(fact.sentences) for fact in facts)
     slots = [(i + rng.random()) / n_slots for i in range(n_slots)]
     rng.shuffle(slots)
