@@ -128,7 +128,7 @@ def panel(ax: Axes, rows: list[dict], x: np.ndarray, name: str, sign: int) -> No
     ax.scatter(x, y, 18, [ARMS["hylra"] if one else LINES[0] for one in best])
     order = np.argsort(x, kind="stable")
     for place, at in enumerate(order):
-        is_crowded = 0 < place < len(x) - 1 and x[order[place + 1]] - x[at] < 0.1 * np.ptp(x)  # then the label stands on the left
+        is_crowded = 0 < place < len(x) - 1 and x[order[place + 1]] - x[at] < 0.06 * np.ptp(x)  # then the label stands on the left
         ax.annotate(rows[at]["arm"].replace("hylra:", ""), (x[at], y[at]), xytext=(-3 if is_crowded else 3, (4, -9)[place % 2]),
                     textcoords="offset points", ha="right" if is_crowded else "left", fontsize=6.5)
     ax.set_ylabel("points lost" if name == "score_loss" else "mean KLD (nats)")
