@@ -15,6 +15,8 @@ import pytest
 from support import Session, full_like, policy, random_tokens, silence, write_tiny_model
 
 from hylra_gguf import engine
+from hylra_gguf.session import Model
+from hylra_gguf.texts import calibration_text
 
 api = engine.activate()
 api.llama_backend_init()
@@ -177,22 +179,47 @@ def test_steps_are_replayed_as_cuda_graphs(tiny, capfd):
     assert captured >= 1 and reset == 0
 
 
+def text_tokens(model: str, count: int) -> list[int]:
+    with Model(model) as opened:
+        return opened.tokenize(calibration_text(8 * count)[0])[:count]
+
+
+def cache_after(model: str, tokens: list[int], **session):
+    """What a context holds that has read the tokens: bytes that any other can load"""
+    with Session(model, n_ctx=len(tokens) + 256, n_batch=512, **session) as s:
+        s.prefill(tokens)
+        size_bytes = api.llama_state_seq_get_size(s.ctx, 0)
+        state = (ctypes.c_uint8 * size_bytes)()
+        assert api.llama_state_seq_get_data(s.ctx, state, size_bytes, 0) == size_bytes
+        return state
+
+
+def steps_after(model: str, state, tokens: list[int], depth: int, policies, **session):
+    """(logits of the steps that read the tokens, captured mass) under each policy, all from the same cache"""
+    found = []
+    with Session(model, n_ctx=depth + 256, n_threads=8, **session) as s:
+        assert api.llama_state_seq_set_data(s.ctx, state, len(state), 0)
+        for p in policies:
+            engine.set_policy(s.ctx, p)
+            found.append((s.steps(tokens, depth), engine.status(s.ctx)["captured_mass"]))
+            s.rewind(depth)
+    return found
+
+
 @pytest.mark.skipif(not os.environ.get("HYLRA_TEST_MODEL"), reason="HYLRA_TEST_MODEL names no model file")
 @pytest.mark.parametrize("depth", [1500, 6000])
 def test_a_real_model(depth):
+    """From one cache: on quantised weights the caches that two backends fill differ by more than what is asked for here."""
     model = os.environ["HYLRA_TEST_MODEL"]
     with Session(model, n_ctx=64) as s:
-        api_model = s.model
-        layers, heads = api.llama_model_n_layer(api_model), api.llama_model_n_head_kv(api_model)
+        layers, heads = api.llama_model_n_layer(s.model), api.llama_model_n_head_kv(s.model)
     p = policy("F" + "S" + "R"*6 + "S" + "R"*(layers - 9), head_kv_count=heads, top_k=512, min_context=1024)
-    both = []
-    for place in (ON_GPU, {}):
-        with Session(model, n_ctx=depth + 256, n_threads=8, **place) as s:
-            for start in range(0, depth, 512):
-                part = random_tokens(depth)[start:start + 512]
-                s.decode([(token, start + i, 0) for i, token in enumerate(part)])
-            engine.set_policy(s.ctx, p)
-            both.append((s.steps(random_tokens(N_STEPS, 9), depth), engine.status(s.ctx)))
-    print(f"KL divergence of CUDA from CPU: {divergence(both[0][0], both[1][0]):.1e}")
-    assert divergence(both[0][0], both[1][0]) < 1e-4
-    assert both[0][1]["captured_mass"] == pytest.approx(both[1][1]["captured_mass"], rel=1e-2)
+    tokens = text_tokens(model, depth + N_STEPS)
+    state = cache_after(model, tokens[:depth], **ON_GPU)
+    (gpu, gpu_mass), (gpu_dense, _) = steps_after(model, state, tokens[depth:], depth, (p, full_like(p)), **ON_GPU)
+    (cpu, cpu_mass), (cpu_dense, _) = steps_after(model, state, tokens[depth:], depth, (p, full_like(p)))
+    apart, sparse, dense = divergence(cpu, cpu_dense), divergence(gpu, cpu), divergence(gpu_dense, cpu_dense)
+    same = int((gpu.argmax(-1) == cpu.argmax(-1)).sum())
+    print(f"KL divergence of CUDA from CPU: {sparse:.1e} under a policy, {dense:.1e} dense; {same} of {N_STEPS} top tokens the same; the policy itself: {apart:.1e}")
+    assert sparse < max(1e-4, 2*dense) and sparse < apart/5
+    assert gpu_mass == pytest.approx(cpu_mass, rel=1e-2)
