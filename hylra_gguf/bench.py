@@ -1,8 +1,7 @@
 """`hylra-gguf bench`: decode speed by depth, arms alternating in one run; field names are those of llama-bench.
 
 Arms: stock-fa1 and stock-fa0 (llama.cpp with flash attention on and off; the faster one is the baseline), full (our dense kernel in
-every layer: the gain of the kernel alone) and hylra (the policy; hylra:NAME for each of several). Models whose cache cannot be
-rewound are refused.
+every layer: the gain of the kernel alone) and hylra (the policy; hylra:NAME for each of several).
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ from .files import replacing
 from .fill import SYNTHETIC, fill, make_tokens
 from .forward import GGML_TYPES, cpu_count
 from .policy import Policy, read_policy
-from .session import N_UBATCH, Context, Model
+from .session import ALL_SEQUENCES, N_UBATCH, Context, Model
 from .tables import FORMATS
 
 STOCK = {"stock-fa1": True, "stock-fa0": False}  # flash attention
 TEXT_DEPTH_TOKENS = 8192  # deepest cache that is read from text unless --fill says otherwise: minutes on two cores
-ALL_SEQUENCES = -1
 GPU_WARM_UP = 4  # steps before the clock starts: a CUDA graph is captured at the third
 
 
@@ -146,7 +144,7 @@ def run(args, report: Callable[[str], None]) -> list[dict]:
         tokens, source = make_tokens(model, n_ctx)
         for on, context in contexts.items():
             report(f"filling {depths[0]} tokens, flash attention {'on' if on else 'off'}")
-            source = SYNTHETIC if fill(context, tokens, depths[0], is_synthetic(args)) else source
+            source = SYNTHETIC if fill(context, tokens, depths[0], is_synthetic(args), depths) else source
         common = {**facts_of_machine(args), **facts_of_model(model), "fill": source}
         rows = []
         for depth in depths:

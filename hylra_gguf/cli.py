@@ -152,6 +152,7 @@ def _add_profile(commands: Any) -> None:
     _add_text_flags(parser)
     types = [name for name in KV_TYPES if name != "f32"]  # see profile.KV_TYPES
     parser.add_argument("-ctk", "--cache-type-k", metavar="TYPE", choices=types, help=f"type of the KV cache: {' '.join(types)}")
+    parser.add_argument("-ctv", "--cache-type-v", metavar="TYPE", choices=types, help="type of V, if it is another")
     _add_threads(parser)
     parser.add_argument("--samples", type=count(1), metavar="N", help="query rows to sample")
     parser.add_argument("-k", "--top-k", type=list_of(count(1)), metavar="LIST", help="top_k values to measure, such as 1024,2048")

@@ -1,7 +1,7 @@
 """How long a decode step takes, from a short measurement of this machine with this model: to compare policies, not a benchmark.
 
-Step time = t0 + dense * (full and select layers x cells) + select * (select layers x cells) + reuse * (gathered cells of all reuse
-layers); stock likewise, per arm. One sequence, one list of cells per layer, F16 KV. A file for another model is refused.
+Step time = t0 + dense * (full and select layers x cells) + select * (select layers x cells) + sparse * (sparse select layers x cells)
++ reuse * (cells gathered, all layers); dense and select do not count sparse select layers. Stock likewise, per arm. One sequence, one list of cells per layer, F16 KV. A file for another model is refused.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from .profile_data import Profile
 from .session import Context, Model
 
 DEPTHS_TOKENS = (2048, 8192)  # apart enough for a slope, deep enough that the cache does not fit into the processor's
-TOP_K = 1024
+TOP_K = 768  # select layers that may be sparse are so at both depths
 ROUNDS, STEPS = 6, 3
 DEEPEST_TOKENS = 1 << 20  # what does not pay up to here does not pay
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """dense_s and select_s are per layer and cell, reuse_s per layer and gathered cell, stock is {arm: (t0_s, per layer and cell)}"""
+    """dense_s, select_s and sparse_s are per layer and cell, reuse_s per layer and gathered cell, stock is {arm: (t0_s, per layer and cell)}"""
 
     identity: str  # of the model's weights, as in its profile
     layer_count: int  # layers whose attention spans the whole cache
     t0_s: float
     dense_s: float
     select_s: float
+    sparse_s: float
     reuse_s: float
     stock: Dict[str, tuple[float, float]]
     note: str = ""  # machine, threads, error of the fit
@@ -50,10 +51,7 @@ class CostModel:
 
     def policy_s(self, policy: Policy, eligible: Sequence[bool], depth: float) -> float:
         """A sparse step, min_context left aside. Layers that are not eligible do not depend on the depth: they are in t0."""
-        modes = [mode for mode, can in zip(policy.layer_mode, eligible) if can]
-        gathered = sum(min(cells, depth) for cells in policy.reuse_cells(depth))
-        return (self.t0_s + self.dense_s * (modes.count(FULL) + modes.count(SELECT)) * depth
-                + self.select_s * modes.count(SELECT) * depth + self.reuse_s * gathered)
+        return float(np.dot(work_of(policy, eligible, depth), [self.t0_s, self.dense_s, self.select_s, self.sparse_s, self.reuse_s]))
 
     def break_even(self, policy: Policy, eligible: Sequence[bool]) -> float | None:
         """Depth from which on the policy is faster than stock; None if it is not by DEEPEST_TOKENS.
@@ -87,6 +85,7 @@ class CostModel:
 def policy_kinks(policy: Policy) -> list[float]:
     """Where the cells of reuse layers stop to grow with the depth, and where a share of the cells takes over from top_k"""
     kinks = [float(cells) for cells in policy.reuse_cells(0)]
+    kinks += [at for cells in kinks for at in (2 * cells, math.nextafter(2 * cells, math.inf))]  # a step: select layers turn sparse
     if policy.top_k_fraction:
         kinks.append(policy.top_k / policy.top_k_fraction)
     return [depth for depth in kinks if depth < DEEPEST_TOKENS]
@@ -97,7 +96,7 @@ def load(path: str, profile: Profile) -> CostModel:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         model = CostModel(**{**values, "stock": {str(arm): (float(a), float(b)) for arm, (a, b) in values["stock"].items()}})
-        numbers = [model.t0_s, model.dense_s, model.select_s, model.reuse_s, *(x for pair in model.stock.values() for x in pair)]
+        numbers = [model.t0_s, model.dense_s, model.select_s, model.sparse_s, model.reuse_s, *(x for pair in model.stock.values() for x in pair)]
         good = model.stock and all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers)
     except OSError as error:
         raise HylraError(f"{path}: cannot read the cost model: {error.strerror or error}") from None
@@ -122,11 +121,13 @@ def fit(rows: Sequence[Sequence[float]], times_s: Sequence[float]) -> np.ndarray
     return nnls(matrix / scale / times[:, None], np.ones(len(times)))[0] / scale
 
 
-def work_of(policy: Policy, eligible: Sequence[bool], depth: int) -> list[float]:
-    """What t0, dense, select and reuse are multiplied by in a step"""
-    selects = policy.layer_mode.count(SELECT)
-    dense = sum(eligible) - policy.layer_mode.count(REUSE)
-    return [1, dense * depth, selects * depth, sum(min(cells, depth) for cells in policy.reuse_cells(depth))]
+def work_of(policy: Policy, eligible: Sequence[bool], depth: float) -> list[float]:
+    """What t0, dense, select, sparse and reuse are multiplied by in a step"""
+    sparse = policy.sparse_select_cells(depth)
+    selects = policy.layer_mode.count(SELECT) - len(sparse)
+    dense = sum(eligible) - policy.layer_mode.count(REUSE) - len(sparse)
+    gathered = sum(sparse) + sum(min(cells, depth) for cells in policy.reuse_cells(depth))
+    return [1, dense * depth, selects * depth, len(sparse) * depth, gathered]
 
 
 def fit_model(points: list[tuple[str, Policy | None, int, float]], profile: Profile, note: str) -> CostModel:
@@ -146,10 +147,12 @@ def fit_model(points: list[tuple[str, Policy | None, int, float]], profile: Prof
 
 
 def probes(profile: Profile) -> dict[str, Policy]:
-    """Policies whose step times tell the coefficients apart: all full, one select layer, every other layer selects"""
+    """Policies whose step times tell the coefficients apart: all full, one select layer, every other layer selects, densely or sparsely"""
     able = [layer for layer, can in enumerate(profile.eligible) if can]
     full = Policy((FULL,) * profile.layer_count, (-1,) * profile.layer_count, profile.head_kv_count, top_k=TOP_K, min_context=0)
-    return {"full": full, "one select": with_selects(full, able, able[:1]), "half select": with_selects(full, able, able[::2])}
+    half = with_selects(full, able, able[::2])
+    return {"full": full, "one select": with_selects(full, able, able[:1]), "half select": half,
+            "half sparse": replace(half, sparse_select=[int(mode == SELECT) for mode in half.layer_mode])}
 
 
 def with_selects(full: Policy, able: list[int], selects: list[int]) -> Policy:
@@ -161,7 +164,7 @@ def with_selects(full: Policy, able: list[int], selects: list[int]) -> Policy:
 
 
 def measure(model_path: str, profile: Profile, threads: int | None, report=lambda line: None) -> CostModel:
-    """Some ten seconds for a small model: five arms at DEPTHS_TOKENS, on a cache that is mostly copies of a few hundred tokens.
+    """Some ten seconds for a small model: six arms at DEPTHS_TOKENS, on a cache that is mostly copies of a few hundred tokens.
 
     Raises ProfileError if the model is not the one of the profile.
     """

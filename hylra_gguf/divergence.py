@@ -32,7 +32,7 @@ class Divergence:
 def dense_policy(policy: Policy) -> Policy:
     """Our dense kernel in every layer, from the first token on."""
     n = policy.layer_count
-    return replace(policy, layer_mode=(FULL,) * n, layer_source=(-1,) * n, head_map=None, layer_top_k=None, min_context=0,
+    return replace(policy, layer_mode=(FULL,) * n, layer_source=(-1,) * n, head_map=None, layer_top_k=None, sparse_select=None, min_context=0,
                    overlap=None, sensitivity=None)
 
 
@@ -56,6 +56,7 @@ class Judge:
         engine.set_policy(self.context.ctx, None)
         for seq, tokens in enumerate(texts):
             self.context.prefill(tokens[:depth], seq=seq, progress=progress)
+            self.context.keep(depth, seq)
         self.reference = [np.concatenate(list(self._log_probs(dense_policy(policy), seq))) for seq in range(len(texts))]
 
     def __enter__(self) -> Judge:

@@ -165,11 +165,12 @@ class ChainPass:
 
     def decode_twice(self, tokens: list[int], start: int) -> None:
         forward, step = self.forward, Step(self.policy, self.recalls, self.forward.engine, start)
+        forward.context.keep(start)
         for policy, visitor in ((None, DenseVisitor(step)), (self.policy, ChainVisitor(step))):
             forward.engine.set_policy(forward.ctx, policy)
             forward.visitor = visitor
             forward.decode(tokens, start, list(range(len(tokens))))
-            forward.forget_from(start)
+            forward.context.rewind(start)
         forward.engine.set_policy(forward.ctx, None)
 
 

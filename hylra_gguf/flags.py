@@ -23,7 +23,7 @@ STRATEGIES: Dict[str, tuple[str, ...]] = {
     "pattern": ("pattern",),
 }
 COMMON = ("top_k", "top_k_fraction", "lists", "sink", "recent", "min_context", "block_size", "similarity", "statistic",
-          "max_sensitivity")
+          "max_sensitivity", "select")
 OWN = tuple(dict.fromkeys(flag for flags in STRATEGIES.values() for flag in flags))
 PLAN_FLAGS = ("strategy", *OWN, *COMMON)
 CHOOSING = ("target_speedup", "max_loss")
@@ -76,7 +76,9 @@ def add_policy_flags(group: Any) -> None:
     group.add_argument("--block-size", type=count(1), metavar="N", help="1 for single cells, or 16 to 128")
     group.add_argument("--similarity", choices=("recall", "overlap"), help="what theta is compared with")
     group.add_argument("--statistic", choices=("mean", "low"), help="the similarity's mean over samples, or a low quantile")
-    group.add_argument("--max-sensitivity", type=number(0, math.inf), metavar="X", help="layers above it never reuse")
+    group.add_argument("--max-sensitivity", type=number(0, math.inf), metavar="X", help="layers above it never reuse, and attend densely when they select")
+    group.add_argument("--select", choices=("sparse", "dense"),
+                       help="what dense layers attend to: their own selection unless they are sensitive (default of hylra, count, bottleneck), or all cells")
 
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:

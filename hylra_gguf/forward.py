@@ -40,9 +40,9 @@ class Forward:
         self.model.__exit__()
 
     def open_context(self, n_ctx: int, type_kv: str, n_threads: int) -> None:
-        kind = GGML_TYPES[type_kv]
+        type_k, type_v = (GGML_TYPES[name] for name in kv_names(type_kv))
         try:
-            self.context = Context(self.model, n_ctx, n_threads=n_threads, type_k=kind, type_v=kind, on_node=self.on_node)
+            self.context = Context(self.model, n_ctx, n_threads=n_threads, type_k=type_k, type_v=type_v, on_node=self.on_node)
         except HylraError as error:
             raise ProfileError(f"{error}: lower -c or take another -ctk") from None
         self.ctx, self.memory = self.context.ctx, self.context.memory
@@ -52,11 +52,6 @@ class Forward:
 
     def clear(self) -> None:
         self.api.llama_memory_clear(self.memory, True)
-
-    def forget_from(self, position: int) -> None:
-        if not self.api.llama_memory_seq_rm(self.memory, 0, position, -1):
-            raise ProfileError(f"{self.path}: the memory of this model cannot forget its last tokens (recurrent layers), "
-                               "so a step cannot be repeated with and without the policy")
 
     def save_cache(self, path: str, n_tokens: int) -> bool:
         """False if it could not be written"""
@@ -93,6 +88,12 @@ class Forward:
         except BaseException as error:
             self.failure = error
             return False
+
+
+def kv_names(type_kv: str) -> tuple[str, str]:
+    """Types of K and V: "q8_0" is both, "q8_0/f16" one each."""
+    type_k, _, type_v = type_kv.partition("/")
+    return type_k, type_v or type_k
 
 
 def ubatches(n_tokens: int) -> list[range]:

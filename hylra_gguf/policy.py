@@ -247,12 +247,25 @@ class Policy:
         """Share of the K and V rows of a dense step that a decode step over `n_kv` cells leaves unread."""
         if not self.enabled or n_kv < max(self.min_context, 1):
             return 0.0
-        return sum(1 - min(n_kv, cells) / n_kv for cells in self.reuse_cells(n_kv)) / self.layer_count
+        saved = sum(1 - min(n_kv, cells) / n_kv for cells in self.reuse_cells(n_kv))
+        saved += sum(1 / 2 - cells / n_kv for cells in self.sparse_select_cells(n_kv))  # K of all cells, K and V of the chosen
+        return saved / self.layer_count
+
+    def sparse_select_cells(self, n_kv: int) -> list[int]:
+        """Cells that each select layer attends to that reads V of its own selection only at a depth of n_kv cells.
+
+        As llama_hylra_policy::selects_sparsely: not where K and V of the selection are as many rows as V of all cells.
+        """
+        cells = [self._cells_of(layer, n_kv) for layer, sparse in enumerate(self.sparse_select or ()) if sparse]
+        return [one for one in cells if n_kv > 2 * one]
+
+    def _cells_of(self, source: int, n_kv: int) -> int:
+        share = max(self.top_k, math.ceil((self.top_k_fraction or 0) * n_kv))
+        return share if self.layer_top_k is None else self.layer_top_k[source]
 
     def reuse_cells(self, n_kv: int) -> list[int]:
         """Cells that each reuse layer is given at a depth of n_kv cells, before n_kv itself limits them."""
-        share = max(self.top_k, math.ceil((self.top_k_fraction or 0) * n_kv))
-        return [share if self.layer_top_k is None else self.layer_top_k[source]
+        return [self._cells_of(source, n_kv)
                 for layer, (mode, source) in enumerate(zip(self.layer_mode, self.layer_source)) if mode == REUSE and source != layer]
 
     def describe(self) -> str:
@@ -271,6 +284,7 @@ class Policy:
         rows = [
             ("layers", f"{self.layer_count}: {self.one_line().split(';')[0]}; {self.head_kv_count} KV heads"),
             ("layer map", " ".join(self.layer_map()[at:at + 10] for at in range(0, self.layer_count, 10))),
+            ("sparse select", _ranges([layer for layer, sparse in enumerate(self.sparse_select or ()) if sparse])),
             ("reuse", self._spans() or "none"),
             ("lists", ("one per layer" if self.lists == 1 else "one per KV head") + (", with a head map" if self.head_map else "")),
             ("top_k", f"{self.top_k} {unit} = {self.sink_tokens} sink + {self.recent_tokens} recent + {best} best{share}"),

@@ -18,7 +18,7 @@ import numpy as np
 from .attention_trace import rows_from_trace
 from .collect import Collector, SampledRow
 from .errors import ProfileError
-from .forward import GGML_TYPES, Forward, cpu_count, ubatches
+from .forward import GGML_TYPES, Forward, cpu_count, kv_names, ubatches
 from .gguf_header import model_shape, read_header
 from .measure import Budget
 from .profile_data import PROFILE_VERSION, Profile, model_identity, tool_version
@@ -47,7 +47,7 @@ class Options:
     samples: int = SAMPLES
     sink_tokens: int = SINK_TOKENS
     recent_tokens: int = RECENT_TOKENS
-    type_kv: str = "f16"
+    type_kv: str = "f16"  # or one each for K and V: "q8_0/f16"
     n_threads: int | None = None
     progress: bool = True
 
@@ -180,8 +180,9 @@ def profile_model(model_path: str, texts: list[tuple[str, str]] | None = None, o
 
 
 def check_options(options: Options) -> None:
-    if options.type_kv not in KV_TYPES:
-        raise ProfileError(f"-ctk {options.type_kv}: expected one of {' '.join(KV_TYPES)}")
+    for flag, name in zip(("-ctk", "-ctv"), kv_names(options.type_kv)):
+        if name not in KV_TYPES:
+            raise ProfileError(f"{flag} {name}: expected one of {' '.join(KV_TYPES)}")
     odd = [size for size in options.block_sizes if size != 1 and not (16 <= size <= 128)]
     if odd:
         raise ProfileError(f"--block-sizes {odd[0]}: expected 1, or 16 to 128")
@@ -190,6 +191,8 @@ def check_options(options: Options) -> None:
 def choose_contexts(asked: list[int] | None, n_ctx_train: int) -> list[int]:
     """Ascending token counts that whole ubatches reach"""
     wanted = asked or [min(n_ctx_train, MAX_CONTEXT)]
+    if max(wanted) > n_ctx_train:
+        raise ProfileError(f"-c {max(wanted)}: beyond the {n_ctx_train} tokens that this model was trained for; lower -c")
     counts = sorted({sum(map(len, ubatches(n_ctx))) for n_ctx in wanted})
     if counts[0] == 0:
         raise ProfileError(f"-c {min(wanted)}: too short to profile; expected some thousand tokens, for example 4096")
@@ -245,10 +248,16 @@ def options_of(args) -> Options:
     top_k = given.get("top_k")
     return Options(
         contexts=given.get("ctx_size"), top_k=[top_k] if isinstance(top_k, int) else top_k, samples=given.get("samples") or SAMPLES,
-        block_sizes=tuple(given.get("block_sizes") or BLOCK_SIZES), type_kv=given.get("cache_type_k") or "f16",
+        block_sizes=tuple(given.get("block_sizes") or BLOCK_SIZES), type_kv=type_kv_of(given),
         sink_tokens=SINK_TOKENS if given.get("sink") is None else given["sink"],
         recent_tokens=RECENT_TOKENS if given.get("recent") is None else given["recent"],
         n_threads=given.get("threads"), progress=not given.get("no_progress"))
+
+
+def type_kv_of(given: dict) -> str:
+    type_k = given.get("cache_type_k") or "f16"
+    type_v = given.get("cache_type_v") or type_k
+    return type_k if type_k == type_v else f"{type_k}/{type_v}"
 
 
 def cmd_profile(args) -> None:

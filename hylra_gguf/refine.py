@@ -1,7 +1,7 @@
 """`plan --refine MODEL`: changes single layers, sources and budgets of a policy while the measured KL divergence of this very file falls.
 
 A change may not make a decode step read more cells. Half of the tokens decides, the other half only reports, so that what is shown is
-no product of the search. Refuses models whose cache cannot be rewound.
+no product of the search.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .divergence import Divergence, Judge
 from .forward import cpu_count
-from .plan import summary
+from .plan import DEFAULT_MAX_SENSITIVITY, sparse_selects, summary
 from .policy import FULL, REUSE, SELECT, Policy
 from .profile_data import Profile
 from .session import Model
@@ -63,14 +63,23 @@ def evidence(policy: Policy) -> np.ndarray:
 
 
 def with_sources(policy: Policy, sources: list[int]) -> Policy:
-    """The same policy with other sources; a select layer that nobody reuses becomes full. Keeps the budgets of layers that still select."""
-    used = {s for layer, s in enumerate(sources) if s != layer}
+    """The same policy with other sources; a select layer that nobody reuses becomes full, unless its own cells do for it.
+
+    Keeps the budgets of layers that still select.
+    """
+    calm = [bool(policy.sparse_select) and takes_part_sparsely(policy, layer) for layer in range(policy.layer_count)]
+    used = {s for layer, s in enumerate(sources) if s != layer or (s != -1 and calm[layer])}
     modes = [REUSE if s not in (-1, layer) else SELECT if layer in used else FULL for layer, s in enumerate(sources)]
     sources = [-1 if mode == FULL else s for mode, s in zip(modes, sources)]
+    sparse = sparse_selects(sources, calm)
     budgets = policy.layer_top_k
     if budgets:
         budgets = [(budgets[layer] or policy.top_k) if mode == SELECT else 0 for layer, mode in enumerate(modes)]
-    return with_budgets(replace(policy, layer_mode=tuple(modes), layer_source=tuple(sources), layer_top_k=None), budgets)
+    return with_budgets(replace(policy, layer_mode=tuple(modes), layer_source=tuple(sources), layer_top_k=None, sparse_select=sparse), budgets)
+
+
+def takes_part_sparsely(policy: Policy, layer: int) -> bool:
+    return bool(policy.sparse_select[layer]) or (policy.sensitivity or [0.0] * policy.layer_count)[layer] <= DEFAULT_MAX_SENSITIVITY
 
 
 def with_budgets(policy: Policy, budgets: list[int] | None) -> Policy:

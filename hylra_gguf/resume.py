@@ -17,7 +17,8 @@ import numpy as np
 from .errors import ProfileError, plain_os_errors
 from .files import replacing
 
-KV_INTERVAL_S = 300.0  # a cache of gigabytes is not written more often
+KV_INTERVAL_S = 20.0  # what an interruption may cost
+KV_SHARE = 0.05  # of the time at most goes into writing a cache, which may be gigabytes
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Partial:
 
     def __init__(self, output: str | None, settings: dict) -> None:
         self.path = f"{output}.part" if output else None
-        self.settings, self.kv_written_s = json.loads(json.dumps(settings)), time.monotonic()
+        self.settings, self.kv_written_s, self.kv_pause_s = json.loads(json.dumps(settings)), time.monotonic(), KV_INTERVAL_S
 
     @property
     def kv_path(self) -> str:
@@ -68,7 +69,8 @@ class Partial:
 
     def save_kv(self, forward, place: Place, state: dict[str, np.ndarray]) -> None:
         """The cache of a text that is half read, if the last one is long ago; a full disk only costs this convenience."""
-        if not self.path or time.monotonic() - self.kv_written_s < KV_INTERVAL_S:
+        started_s = time.monotonic()
+        if not self.path or started_s - self.kv_written_s < self.kv_pause_s:
             return
         if forward.save_cache(self.kv_temporary, place.tokens):
             os.replace(self.kv_temporary, self.kv_path)
@@ -76,6 +78,7 @@ class Partial:
         else:
             remove(self.kv_temporary)
         self.kv_written_s = time.monotonic()
+        self.kv_pause_s = max(KV_INTERVAL_S, (self.kv_written_s - started_s) / KV_SHARE)
 
     def load_kv(self, forward, place: Place) -> Place:
         """The place to go on from: inside the text if the cache of exactly that place is there, else at its start."""

@@ -18,6 +18,8 @@ from .errors import HylraError, ModelFileError
 
 N_UBATCH = 512  # prompt batch
 N_CTX_UNIT = 256  # llama.cpp rounds the context of a sequence up to it, and says so
+ALL_SEQUENCES = -1
+RECURRENT_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 DECODE_TOKENS = 8  # the largest batch of one sequence that still runs sparse (TOKENS_PER_SEQUENCE in llama-hylra.cpp)
 
 
@@ -77,6 +79,8 @@ class Context:
     def __init__(self, model: Model, n_ctx: int, *, n_seq: int = 1, n_threads: int = 1, type_k: int = 1, type_v: int = 1,
                  flash_attn: bool = True, scratch: bool = False, kv_on_gpu: bool = True, on_node=None):
         self.model, self.api, self.n_seq, self.scratch = model, model.api, n_seq, scratch
+        self.is_recurrent = self.api.llama_model_is_recurrent(model.handle) or self.api.llama_model_is_hybrid(model.handle)
+        self.kept: dict[tuple[int, int], ctypes.Array] = {}  # (sequence, tokens in it) -> state of its recurrent layers
         n_ctx = -(-n_ctx // N_CTX_UNIT) * N_CTX_UNIT
         params = self.api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, N_UBATCH, N_UBATCH, n_seq + scratch
@@ -132,10 +136,37 @@ class Context:
             if progress:
                 progress(len(part))
 
+    def keep(self, n_tokens: int, seq: int = 0) -> None:
+        """A later rewind to these n_tokens, which the sequence has now, will work for recurrent layers too: their state has no past."""
+        if not self.is_recurrent:
+            return
+        size_bytes = self.api.llama_state_seq_get_size_ext(self.ctx, seq, RECURRENT_ONLY)
+        state = (ctypes.c_uint8 * size_bytes)()
+        self.api.llama_state_seq_get_data_ext(self.ctx, state, size_bytes, seq, RECURRENT_ONLY)
+        self.kept[seq, n_tokens] = state
+
+    def copy_first(self, seq: int) -> None:
+        """What sequence 0 holds, into an empty one."""
+        self.api.llama_memory_seq_cp(self.memory, 0, seq, -1, -1)
+        self.kept.update({(seq, n_tokens): state for (kept_seq, n_tokens), state in list(self.kept.items()) if kept_seq == 0})
+
     def rewind(self, n_tokens: int, seq: int = 0) -> None:
-        """Forgets what follows the first n_tokens of a sequence, or of all with seq = -1. Raises HylraError where the cache cannot (recurrent layers)."""
-        if not self.api.llama_memory_seq_rm(self.memory, seq, n_tokens, -1):
-            raise HylraError(f"{self.model.path}: the cache of this architecture cannot be rewound; it cannot be measured this way")
+        """Forgets what follows the first n_tokens of a sequence, or of all with seq = ALL_SEQUENCES.
+
+        Raises HylraError for recurrent layers whose state at that place was not kept.
+        """
+        for one in range(self.n_seq + self.scratch) if seq == ALL_SEQUENCES else (seq,):
+            if not self._remove(n_tokens, one) and not (self._restore(n_tokens, one) and self._remove(n_tokens, one)):
+                raise HylraError(f"{self.model.path}: the recurrent layers of this model cannot be rewound to {n_tokens} tokens; "
+                                 "it cannot be measured this way")
+            self.kept = {at: state for at, state in self.kept.items() if at[0] != one or at[1] <= n_tokens}
+
+    def _remove(self, n_tokens: int, seq: int) -> bool:
+        return self.api.llama_memory_seq_rm(self.memory, seq, n_tokens, -1)
+
+    def _restore(self, n_tokens: int, seq: int) -> bool:
+        state = self.kept.get((seq, n_tokens))
+        return state is not None and self.api.llama_state_seq_set_data_ext(self.ctx, state, len(state), seq, RECURRENT_ONLY) > 0
 
     def logits(self, n_rows: int) -> np.ndarray:
         """[n_rows, n_vocab] F32 of the last batch; a view that the next decode overwrites."""

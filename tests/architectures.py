@@ -7,7 +7,7 @@ that is sparse by training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gguf
@@ -28,6 +28,7 @@ class Architecture:
     head_kv_count: int = 2   # what a policy must name
     sizes: dict = field(default_factory=dict)   # letters that differ
     sharp: float = 1.5       # of q and of k: attention selective but not blind to the rest
+    q8_0: tuple = ()         # names of tensors kept as Q8_0, the same random bytes in every layer
 
 
 # E width, H heads, G KV heads, D head size, Q K widths of all heads, A all three, F feed-forward, V vocabulary, X experts
@@ -129,7 +130,7 @@ TRAINED = {
         {**MLA_KEYS, "attention.indexer.head_count": 64, "attention.indexer.key_length": 128, "attention.indexer.top_k": 256},
         head_kv_count=1, sizes=MLA_SIZES),
 }
-# Layer counts and head shapes of large models, their width left small: 128 heads of MLA take 17 M weights a layer, so few layers there.
+# Layer counts and head shapes of large models, their width left small.
 LARGE = {
     "QwQ-32B: 64 layers, 40 heads and 8 KV heads of 128": Architecture(
         "llama", "a" * 64, NORMS + QKV + QKV_BIAS + GATED, {"embedding_length": 32, "attention.head_count": 40, "attention.head_count_kv": 8,
@@ -142,6 +143,9 @@ LARGE = {
         "deepseek2", "aa", MLA, {**MLA_KEYS, "embedding_length": 32, "attention.head_count": 128}, head_kv_count=1,
         sizes={**MLA_SIZES, "E": 32, "H": 128, "B": 128 * 192, "O": 128 * 128}),
 }
+# Layers and heads together: 1.1 G weights, most of them what turns a row of the cache into those of 128 heads.
+R1_HEADS = LARGE["DeepSeek-R1: 128 heads of MLA"]
+WHOLE_R1 = {"DeepSeek-R1: 61 layers of 128 heads of MLA": replace(R1_HEADS, layers="a" * 61, q8_0=("attn_q_b", "attn_k_b", "attn_v_b", "attn_output"))}
 
 
 def metadata(a: Architecture, context: int) -> dict:
@@ -193,6 +197,14 @@ def value(rng, name: str, shape: tuple[int, ...], sharp: float) -> np.ndarray:
     return x.astype(np.float32)
 
 
+def q8_0_bytes(shape: tuple[int, ...], sharp: float) -> np.ndarray:
+    """uint8 rows of blocks: an F16 scale, then 32 random numbers of 8 bits, as large together as those of value()."""
+    blocks = np.zeros((*shape[:-1], shape[-1] // 32, 34), np.uint8)
+    blocks[..., :2] = np.frombuffer(np.float16(sharp / 74 / np.sqrt(shape[-1])).tobytes(), np.uint8)  # 74: their standard deviation
+    blocks[..., 2:] = np.random.default_rng(0).integers(0, 256, blocks[..., 2:].shape, np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
 def add_tokenizer(writer: gguf.GGUFWriter, with_tokenizer: bool) -> None:
     """llama.cpp's own for tests makes a token of every five bytes."""
     writer.add_tokenizer_model("test" if with_tokenizer else "no_vocab")
@@ -207,8 +219,15 @@ def write_architecture(path: Path, a: Architecture, context=8192, seed=0, with_t
     for key, item in metadata(a, context).items():
         add_key(w, f"{a.arch}.{key}", item)
     add_tokenizer(w, with_tokenizer)
+    kept = {}
     for name, shape in tensors(a):
-        w.add_tensor(name, value(rng, name, shape, a.sharp))
+        part = name.split(".")[-2]
+        if part in a.q8_0:
+            if part not in kept:
+                kept[part] = q8_0_bytes(shape, a.sharp)
+            w.add_tensor(name, kept[part], raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            w.add_tensor(name, value(rng, name, shape, a.sharp))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

@@ -14,6 +14,7 @@ import numpy as np
 from hylra_gguf.policy import Policy
 
 VOCAB = 96
+THREADS = int(os.environ.get("HYLRA_TEST_THREADS", "1"))  # tools/sanitize.py asks for more
 
 
 def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=64, seed=0, context=8192, arch="llama",
@@ -102,7 +103,7 @@ def run_on_stock(script: str, *args) -> None:
 class Session:
     """One model and context on the library that `llama_cpp` has loaded; logits come back as float32 [n_vocab]."""
 
-    def __init__(self, path, n_ctx=1024, n_seq_max=1, unified=True, flash_attn=True, type_k=1, type_v=1, n_threads=1, n_ubatch=512,
+    def __init__(self, path, n_ctx=1024, n_seq_max=1, unified=True, flash_attn=True, type_k=1, type_v=1, n_threads=THREADS, n_ubatch=512,
                  n_batch=None, overrides=None, eval_callback=None, n_gpu_layers=0, kv_on_gpu=True, split=True):
         import llama_cpp as api
 

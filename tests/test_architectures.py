@@ -4,24 +4,28 @@ the profile finds the same layers; the whole chain of commands on MLA; policies 
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, LARGE, TRAINED, write_architecture
+from architectures import ARCHITECTURES, LARGE, TRAINED, WHOLE_R1, write_architecture
 from reference import Trace, attention, cells_allowed, check_selection, probabilities
 from support import Session, full_like, policy, random_tokens, run_on_stock, silence
 
-from hylra_gguf import engine
+from hylra_gguf import Llama, engine
 from hylra_gguf.cli import main
 from hylra_gguf.drift import measure_drift
-from hylra_gguf.errors import PolicyError
+from hylra_gguf.errors import HylraError, PolicyError
+from hylra_gguf.fill import fill_with_copies
+from hylra_gguf.gguf_header import write_policy
 from hylra_gguf.plan import plan_policy
 from hylra_gguf.profile import Options, profile_model
+from hylra_gguf.session import ALL_SEQUENCES, Context, Model
 
 engine.activate()
-ALL = {**ARCHITECTURES, **LARGE, **TRAINED}
+ALL = {**ARCHITECTURES, **LARGE, **TRAINED, **WHOLE_R1}
 N_PAST, N_STEPS = 500, 4
 NAMES = [*ARCHITECTURES, *LARGE]
 WHY = {"w": "sliding-window attention", "r": "no attention over the KV cache"}
@@ -119,6 +123,16 @@ def test_layers_left_dense_are_named(model, name):
     assert status["on"] and status["left_to_stock"] == {il: WHY[kind] for il, kind in enumerate(layers) if kind in WHY}
 
 
+@pytest.mark.parametrize("name", ["gemma2", "lfm2 (hybrid)", "deepseek2 (MLA)"])
+def test_llama_tells_which_layers_were_left_and_why(model, name, tmp_path):
+    write_policy(model(name), policy_of(name), tmp_path / "m.gguf")
+    llama = Llama(str(tmp_path / "m.gguf"), n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+    assert llama.hylra["left_to_stock"] == {}, "nothing has run so far"
+    llama(text_of(N_PAST), max_tokens=3, temperature=0)
+    left = {il: WHY[kind] for il, kind in enumerate(ALL[name].layers) if kind in WHY}
+    assert llama.hylra["on"] and llama.hylra["sparse_steps"] >= 2 and llama.hylra["left_to_stock"] == left
+
+
 def shared_kv(x):
     """Layers 24 and 29 have no KV cache of their own; they read that of layer 19."""
     return np.array_equal(x[24]["k"], x[19]["k"]) and np.array_equal(x[29]["v"], x[19]["v"]) and not np.array_equal(x[14]["k"], x[19]["k"])
@@ -150,9 +164,30 @@ def test_a_real_selection_equals_numpy(model, name):
     check_layers(name, trace)
 
 
-def check_layers(name, trace):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE_R1)
+def test_deepseek_r1_with_all_its_layers_and_heads(model, name):
+    """1.2 GB of weights. Its cache is filled with copies: a prompt of 400 tokens would take minutes."""
+    trace, logits, last = Trace(), {}, 400
+    with Session(model(name), n_ctx=512, n_seq_max=2, n_threads=2, eval_callback=trace.callback) as s:
+        s.n_seq, s.is_recurrent = 1, False
+        assert fill_with_copies(s, random_tokens(16), last)
+        for arm, p in (("covering", policy_of(name, top_k=4096)), ("full", full_like(policy_of(name))), ("stock", None), ("real", policy_of(name))):
+            engine.set_policy(s.ctx, p)
+            s.rewind(last)
+            trace.forget()
+            logits[arm] = s.decode([(5, last, 0)])
+            assert engine.status(s.ctx)["sparse_steps"] == int(p is not None)
+    check_layers(name, trace, last)
+    scale = logits["full"].std()
+    np.testing.assert_allclose(logits["covering"], logits["full"], atol=2e-4 * scale, rtol=1e-4)
+    np.testing.assert_allclose(logits["full"], logits["stock"], atol=0.05 * scale)
+    model(name).unlink()
+    assert trace.inputs[60]["q"].shape[1] == 128 and trace.inputs[60]["k"].shape[1::2] == (1, 576)
+
+
+def check_layers(name, trace, last=N_PAST + N_STEPS - 1):
     """What every layer of the last step selected and gave out."""
-    last = N_PAST + N_STEPS - 1
     forced = [[[*range(4), *range(last - 15, last + 1)]]]
     source = None
     served = [il for il, kind in enumerate(ALL[name].layers) if kind == "a"]
@@ -217,14 +252,53 @@ def test_drift_tells_layers_that_share_a_kv_cache_apart(model):
     assert all(0.1 < row["planned"] < 0.999 and row["tokens"] == 16 for row in rows)
 
 
-def test_commands_that_must_rewind_refuse_hybrids_in_one_line(model, tmp_path, capsys):
-    path, own = str(model("lfm2 (hybrid)")), str(tmp_path / "policy.json")
-    policy_of("lfm2 (hybrid)").save(own)
-    for line, words in ((["bench", path, "--policy", own, "-d", "300", "--arms", "full,hylra"], "cannot be rewound"),
-                        (["profile", path, "--policy", own, "-c", "1024"], "cannot forget its last tokens")):
-        code = main([*line, "-t", "1", "--no-progress"])
-        out, err = capsys.readouterr()
-        assert (code, out) == (2, "") and words in err.splitlines()[-1]
+HYBRIDS = [name for name, a in ARCHITECTURES.items() if "r" in a.layers or a.arch == "falcon-h1"]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_rewound_hybrid_goes_on_as_if_nothing_had_been_read(model, name):
+    tokens, tail = random_tokens(600), random_tokens(8, 9)
+    with Model(str(model(name))) as opened, Context(opened, 1024, n_seq=2) as context:
+        context.prefill(tokens[:520])
+        context.keep(520)
+        context.prefill(tokens[520:], 520)
+        context.keep(600)
+        context.copy_first(1)
+        found = {}
+        for depth, seq in itertools.product((600, 520), (0, 1, 0, 1)):
+            context.rewind(depth, ALL_SEQUENCES)
+            context.decode(tail, depth, seq, outputs=range(8))
+            found.setdefault(depth, []).append(context.logits(8).copy())
+        for logits in found.values():
+            for again in logits[1:]:
+                np.testing.assert_array_equal(again, logits[0])
+        assert np.abs(found[600][0] - found[520][0]).max() > 1e-3
+        context.rewind(520)
+        with pytest.raises(HylraError, match="recurrent layers of this model cannot be rewound to 500 tokens"):
+            context.rewind(500)
+
+
+@pytest.mark.parametrize("name", ["lfm2 (hybrid)", "qwen3next (hybrid)"])
+def test_commands_that_rewind_on_hybrids(model, name, tmp_path, capsys):
+    path, own, plan = str(model(name)), str(tmp_path / "policy.json"), str(tmp_path / "p.npz")
+    policy_of(name, top_k=100).save(own)
+
+    def run(line: str) -> str:
+        assert main([*line.split(), "-t", "1", "--no-progress"]) in (0, None), capsys.readouterr().err
+        return capsys.readouterr().out
+
+    rows = json.loads(run(f"bench {path} --policy {own} -d 300,600 -np 2 -n 2 -r 2 -o json"))
+    assert {row["hylra_sparse_steps"] > 0 for row in rows if row["arm"] in ("full", "hylra")} == {True}
+    assert [row["n_depth"] for row in rows] == [300] * 4 + [600] * 4 and {row["fill"] for row in rows} == {rows[0]["fill"]} != {"synthetic"}
+    rows = json.loads(run(f"profile {path} --policy {own} -c 1024 -o json"))
+    assert len(rows) == policy_of(name).layer_mode.count(2) and all(0.05 < row["in_chain"] < 0.999 for row in rows)
+    run(f"profile {path} -c 1024 --top-k 300 --samples 4 -o {plan}")
+    (tmp_path / "a.txt").write_text(text_of(1000))
+    refined = tmp_path / "refined.json"
+    first, text = ALL[name].layers.index("a"), tmp_path / "a.txt"
+    line = f"plan {plan} --strategy explicit --layers {first} --max-sensitivity 9 --refine {path} --text {text} -c 600 --minutes 0.2 -t 1"
+    assert main([*line.split(), "-o", str(refined)]) in (0, None), capsys.readouterr().err
+    assert "refined at 600 tokens" in json.loads(refined.read_text())["tool"] and "held out" in capsys.readouterr().err
 
 
 def test_every_command_on_mla(model, tmp_path, monkeypatch, capsys):
@@ -235,9 +309,13 @@ def test_every_command_on_mla(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "question.txt").write_text(text_of(600))
     measured = "-c 1024 --top-k 64 --sink 4 --recent 16 -t 1 --no-progress"
 
+    told = []
+
     def run(line: str) -> str:
-        assert main(line.split()) in (0, None), capsys.readouterr().err
-        return capsys.readouterr().out
+        code, (out, err) = main(line.split()), capsys.readouterr()
+        assert code in (0, None), err
+        told.append(err)
+        return out
 
     run(f"profile m.gguf {measured} -o m.npz")
     run("plan m.npz --theta 0.01 --max-sensitivity 9 --min-context 256 -o policy.json")
@@ -247,6 +325,7 @@ def test_every_command_on_mla(model, tmp_path, monkeypatch, capsys):
     assert "ok  policy" in run("verify m.gguf")
     assert "| 3 |" in run("profile m.gguf --policy m.gguf -c 1024 -t 1 --no-progress")
     run("run m.gguf -f question.txt -n 4 -t 1")
+    assert "HyLRA on" in told[-1] and "3 of 3 steps sparse" in told[-1]
     rows = {row["arm"]: row for row in json.loads(run("bench m.gguf -d 600 -n 2 -r 1 -t 1 --no-progress -o json"))}
     assert rows["hylra"]["hylra_on"] and rows["hylra"]["hylra_sparse_steps"] == rows["full"]["hylra_sparse_steps"] == 3
     run("strip m.gguf")

@@ -206,7 +206,8 @@ def tiny(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
 
 
-OWN_KEYS = {name: typed for name, typed in policy("FSRR", lists=2, head_map=(0, 1) * 4, top_k_fraction=0.5).to_gguf().items()}
+OWN_KEYS = {name: typed for name, typed in policy("FSRR", lists=2, head_map=(0, 1) * 4, top_k_fraction=0.5,
+                                                      sparse_select=(0, 1, 0, 0)).to_gguf().items()}
 
 
 @pytest.mark.parametrize("name", OWN_KEYS)
@@ -234,6 +235,14 @@ def test_a_reason_is_one_line_of_text_whatever_the_file_says(tiny, tmp_path):
     assert reason == "policy refused: unknown key hylra.???[m"
 
 
+@pytest.mark.parametrize("values, words", [([1] * 3, "must hold 4 values, found 3"), ([0, 2, 0, 0], "layer 1 has hylra.sparse_select 2, expected 0 or 1")])
+def test_sparse_select_of_a_file_is_refused_where_it_does_not_fit(tiny, tmp_path, values, words):
+    gguf_header._splice(read_header(tiny), {**OWN_KEYS, "hylra.sparse_select": ("u32[]", values)}, tmp_path / "odd.gguf", None)
+    with Session(tmp_path / "odd.gguf") as s:
+        status = engine.status(s.ctx)
+    assert not status["on"] and words in status["reason"]
+
+
 def set_struct(session, **fields):
     """(code, error) of hylra_set_policy for FSRR with some fields of the struct changed."""
     struct, alive = engine.policy_struct(policy("FSRR"))
@@ -243,11 +252,13 @@ def set_struct(session, **fields):
     return engine.lib.hylra_set_policy(engine.pointer(session.ctx), struct, error, 512), engine.ffi.string(error).decode()
 
 
+EVERY_LAYER = engine.ffi.new("uint32_t[]", [1] * 4)
 BAD_STRUCTS = {
     "no modes": (lambda: dict(layer_mode=engine.ffi.NULL), "layer_mode and layer_source must not be NULL"),
     "no sources": (lambda: dict(layer_source=engine.ffi.NULL), "layer_mode and layer_source must not be NULL"),
     "wild layer count": (lambda: dict(layer_count=2**32 - 1), "hylra.layer_count is 4294967295, the model has 4 layers"),
     "wild head count": (lambda: dict(head_kv_count=2**31), "hylra.head_kv_count is 2147483648, the model has 2 KV heads"),
+    "sparse but no select layer": (lambda: dict(sparse_select=EVERY_LAYER), "layer 0 has hylra.sparse_select 1, expected 0 for a layer that does"),
     "newer version": (lambda: dict(version=2, layer_count=2**32 - 1), "hylra.version is 2, this engine knows version 1"),
     "fraction is no number": (lambda: dict(top_k_fraction=float("nan")), "hylra.top_k_fraction is nan, expected 0 to 1"),
     "sink and recent that overflow": (lambda: dict(sink_tokens=2**32 - 1, recent_tokens=2), "hold the 4294967297 sink and recent cells"),

@@ -212,9 +212,9 @@ def test_help_and_version(capsys):
 
 
 @pytest.mark.parametrize("line, module, function, expected", [
-    ("profile m.gguf -f a b -c 4096 -ctk q8_0 -t 2 --samples 9 -k 512,1024 -o p.json", "profile", "cmd_profile",
-     dict(model="m.gguf", file=["a", "b"], ctx_size=[4096], cache_type_k="q8_0", threads=2, samples=9, top_k=[512, 1024], output="p.json",
-          no_progress=False)),
+    ("profile m.gguf -f a b -c 4096 -ctk q8_0 -ctv bf16 -t 2 --samples 9 -k 512,1024 -o p.json", "profile", "cmd_profile",
+     dict(model="m.gguf", file=["a", "b"], ctx_size=[4096], cache_type_k="q8_0", cache_type_v="bf16", threads=2, samples=9,
+          top_k=[512, 1024], output="p.json", no_progress=False)),
     ("plan p.json --theta 0.9 --top-k 1024 --strategy explicit --layers 2,13 --n 3 --sink 4 --recent 128 --min-context 0 "
      "--block-size 32 --similarity overlap --max-sensitivity 0.2 --lists head -o q.json", "plan", "cmd_plan",
      dict(profile="p.json", theta=0.9, top_k=1024, strategy="explicit", layers=[2, 13], n=3, sink=4, recent=128, min_context=0,

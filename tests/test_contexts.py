@@ -113,20 +113,19 @@ def test_lora_comes_and_goes(model, tmp_path):
     assert np.abs(got[2] - a.logits[2][0]).max() > 0.1, "the adapter must change something"
 
 
-def embedding(path, p):
+def embedding(path, p, trace=None):
     """float32 [width] of the last token of a decode-sized batch"""
-    with Session(path) as s:
-        engine.set_policy(s.ctx, p)
-        s.prefill(random_tokens(N_PAST))
-        s.api.llama_set_embeddings(s.ctx, True)
-        s.decode([(1, N_PAST, 0), (2, N_PAST + 1, 0)])
-        assert engine.status(s.ctx)["sparse_steps"] == int(p is not None)
-        return np.ctypeslib.as_array(s.api.llama_get_embeddings_ith(s.ctx, 1), (SIZES["E"],)).copy()
+    with Arm(path, p, trace) as a:
+        a.prefill(random_tokens(N_PAST))
+        a.api.llama_set_embeddings(a.ctx, True)
+        a.step((1, N_PAST, 0), (2, N_PAST + 1, 0))
+        assert engine.status(a.ctx)["sparse_steps"] == int(p is not None)
+        return np.ctypeslib.as_array(a.api.llama_get_embeddings_ith(a.ctx, 1), (SIZES["E"],)).copy()
 
 
 def test_embeddings(model):
     close(embedding(model, COVERING), embedding(model, full_like(COVERING)))
-    assert np.abs(embedding(model, REAL) - embedding(model, None)).max() > 1e-3
+    assert np.abs(embedding(model, REAL, Trace()) - embedding(model, None)).max() > 1e-3  # its step against NumPy
 
 
 def test_grammar_gives_the_same_tokens_as_full(smollm2):

@@ -21,7 +21,7 @@ from test_plan import GEMMA, line
 ALL = [True] * 8
 # 8 layers: stock 10 ms and 8 us per cell with flash attention, without it 20 ms and 4 us; they cross at 2500 cells
 STOCK = {"stock-fa1": (0.010, 1e-6), "stock-fa0": (0.020, 0.5e-6)}
-MODEL = CostModel("0" * 32, 8, t0_s=0.012, dense_s=0.5e-6, select_s=0.1e-6, reuse_s=1e-6, stock=STOCK)
+MODEL = CostModel("0" * 32, 8, t0_s=0.012, dense_s=0.5e-6, select_s=0.1e-6, sparse_s=0.3e-6, reuse_s=1e-6, stock=STOCK)
 
 
 def policy(**changes) -> Policy:
@@ -38,6 +38,8 @@ def test_stock_is_the_faster_arm(depth, expected_s):
 @pytest.mark.parametrize("changes, depth, expected_s", [
     ({}, 500, 0.012 + 5 * 0.5e-6 * 500 + 0.1e-6 * 500 + 3 * 500e-6),
     ({}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 0.1e-6 * 8000 + 3 * 1000e-6),
+    ({"sparse_select": (1, 0, 0, 0, 0, 0, 0, 0)}, 2000, 0.012 + 5 * 0.5e-6 * 2000 + 0.1e-6 * 2000 + 3 * 1000e-6),  # not yet
+    ({"sparse_select": (1, 0, 0, 0, 0, 0, 0, 0)}, 8000, 0.012 + 4 * 0.5e-6 * 8000 + 0.3e-6 * 8000 + 4 * 1000e-6),
     ({"top_k_fraction": 0.5}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 0.1e-6 * 8000 + 3 * 4000e-6),
     ({"layer_source": (0, 0, 2, 2, 2, -1, -1, -1), "layer_mode": (1, 2, 1, 2, 2, 0, 0, 0),
       "layer_top_k": (500, 0, 1000, 0, 0, 0, 0, 0)}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 2 * 0.1e-6 * 8000 + 2500e-6),
@@ -68,11 +70,11 @@ def test_a_policy_that_always_or_never_pays(changes, expected):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(1e-8, 1e-5), min_size=3, max_size=3), st.floats(1e-4, 0.1), st.floats(0.001, 1), st.integers(300, 50_000))
+@given(st.lists(st.floats(1e-8, 1e-5), min_size=4, max_size=4), st.floats(1e-4, 0.1), st.floats(0.001, 1), st.integers(300, 50_000))
 def test_beyond_break_even_the_policy_is_faster_and_just_below_it_is_not(slopes, t0_s, fraction, top_k):
-    dense_s, select_s, reuse_s = slopes
-    model = CostModel("", 8, t0_s, dense_s, select_s, reuse_s, STOCK)
-    for one in (policy(top_k=top_k), policy(top_k=top_k, top_k_fraction=fraction)):
+    dense_s, select_s, sparse_s, reuse_s = slopes
+    model = CostModel("", 8, t0_s, dense_s, select_s, sparse_s, reuse_s, STOCK)
+    for one in (policy(top_k=top_k), policy(top_k=top_k, sparse_select=(1, 0, 0, 0, 0, 0, 0, 0)), policy(top_k=top_k, top_k_fraction=fraction)):
         at = model.break_even(one, ALL)
 
         def faster(depth):
@@ -89,15 +91,15 @@ def test_beyond_break_even_the_policy_is_faster_and_just_below_it_is_not(slopes,
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.floats(1e-3, 1), st.floats(1e-8, 1e-5), st.floats(1e-8, 1e-5), st.floats(1e-8, 1e-5))
-def test_the_fit_recovers_the_coefficients(t0_s, dense_s, select_s, reuse_s):
+@given(st.floats(1e-3, 1), *[st.floats(1e-8, 1e-5)] * 4)
+def test_the_fit_recovers_the_coefficients(t0_s, dense_s, select_s, sparse_s, reuse_s):
     profile = make_profile(line(8), identity="a" * 32)
-    true = CostModel("a" * 32, 8, t0_s, dense_s, select_s, reuse_s, STOCK)
+    true = CostModel("a" * 32, 8, t0_s, dense_s, select_s, sparse_s, reuse_s, STOCK)
     points = [(name, one, depth, true.policy_s(one, ALL, depth))
               for name, one in cost.probes(profile).items() for depth in cost.DEPTHS_TOKENS]
     points += [(arm, None, depth, a + b * 8 * depth) for arm, (a, b) in STOCK.items() for depth in cost.DEPTHS_TOKENS]
     found = cost.fit_model(points, profile, "here")
-    for name in ("t0_s", "dense_s", "select_s", "reuse_s"):
+    for name in ("t0_s", "dense_s", "select_s", "sparse_s", "reuse_s"):
         assert getattr(found, name) * 8192 == pytest.approx(getattr(true, name) * 8192, rel=1e-4, abs=1e-6)
     assert {arm: pytest.approx(pair, rel=1e-4) for arm, pair in found.stock.items()} == STOCK
     assert (found.identity, found.layer_count, found.note) == ("a" * 32, 8, "here; fit within 0 %")
@@ -105,7 +107,7 @@ def test_the_fit_recovers_the_coefficients(t0_s, dense_s, select_s, reuse_s):
 
 def test_probes_leave_layers_with_a_sliding_window_full():
     probes = cost.probes(make_profile(line(8), GEMMA))
-    assert [one.layer_map() for one in probes.values()] == ["FFFFFFFF", "FFSFRRFR", "FFSFRSFR"]
+    assert [one.layer_map() for one in probes.values()] == ["FFFFFFFF", "FFSFRRFR", "FFSFRSFR", "FFSFRSFR"]
 
 
 def test_a_cost_model_survives_its_file(tmp_path):

@@ -171,6 +171,44 @@ def test_a_layer_that_is_its_own_source_attends_to_its_best_cells(tiny, lists):
         np.testing.assert_allclose(trace.outputs[layer], attention(x, probabilities(x, allowed)), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lists,head_map", [(1, None), (2, None), (2, (1, 0) * 4)])
+def test_a_sparse_select_layer_attends_to_its_selection_and_hands_it_out(tiny, lists, head_map):
+    """Layer 2 selects densely beside it. A head map speaks of reuse layers only."""
+    p = policy("SRSR", lists=lists, head_map=head_map, sparse_select=(1, 0, 0, 0))
+    trace = Trace()
+    with Session(tiny, eval_callback=trace.callback) as s:
+        s.prefill(random_tokens(N_PAST))
+        step_logits(s, p, random_tokens(1, 5))
+    forced = [[[*range(4), *range(N_PAST - 15, N_PAST + 1)]]]
+    heads = {layer: [0, 0] if lists == 1 else list((head_map or (0, 1) * 4)[2 * layer:2 * layer + 2]) for layer in (1, 3)}
+    heads[0] = [0, 0] if lists == 1 else [0, 1]
+    check_selection(trace.inputs[0], trace.choices[0], lists, 64, forced)
+    for layer, source in ((0, 0), (1, 0), (2, None), (3, 2)):
+        x = trace.inputs[layer]
+        assert (x["cells"] is None) == (source is None)
+        if source is not None:
+            np.testing.assert_array_equal(x["cells"], trace.choices[source])
+        allowed = cells_allowed(x, heads[layer]) if source is not None else None
+        np.testing.assert_allclose(trace.outputs[layer], attention(x, probabilities(x, allowed)), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_k, sparse", [(255, True), (256, False)])
+def test_a_select_layer_turns_sparse_where_that_reads_fewer_rows(tiny, top_k, sparse):
+    """The cache view holds 512 cells: V of 512, or K and V of the selection."""
+    trace = Trace()
+    with Session(tiny, n_ctx=512, eval_callback=trace.callback) as s:
+        s.prefill(random_tokens(400))
+        step_logits(s, policy("SRRR", top_k=top_k, sparse_select=(1, 0, 0, 0)), random_tokens(1, 5), start=400)
+    assert trace.inputs[0]["mask"].shape[-1] == 512 and (trace.inputs[0]["cells"] is not None) == sparse
+
+
+def test_equal_policies_but_for_sparse_select_predict_something_else(tiny):
+    with Session(tiny) as s:
+        s.prefill(random_tokens(N_PAST))
+        dense, sparse = step_logits(s, policy("SRRR")), step_logits(s, policy("SRRR", sparse_select=(1, 0, 0, 0)))
+    assert np.abs(dense - sparse).max() > 1e-3
+
+
 # ---- 4. sequences, streams, cells out of order
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import mmap
 import os
 import subprocess
 import sys
@@ -109,6 +107,26 @@ def test_many_writers_at_once_never_break_the_file(model, tmp_path):
     assert sha256(model) == before and os.listdir(tmp_path) == ["model.gguf"]
 
 
+def test_a_new_copy_that_another_writer_takes_for_a_leftover_is_left_to_it(model, tmp_path, monkeypatch):
+    """Between the moment it is made and its lock another writer may lock it, to remove it: then its name is no longer ours to rename."""
+    temporary, real, other = tmp_path / ".model.gguf.hylra.tmp", fcntl.flock, []
+
+    def flock(fd, how):
+        if not other:
+            other.append(os.open(temporary, os.O_RDONLY))
+            real(other[0], how)
+        elif temporary.exists() and os.path.samestat(os.fstat(other[0]), temporary.stat()):
+            temporary.unlink()
+            real(other[0], fcntl.LOCK_UN)
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_policy(model, POLICY)
+    assert read_policy(model) == POLICY and os.listdir(tmp_path) == ["model.gguf"]
+    assert not os.path.samestat(os.fstat(other[0]), model.stat())
+    os.close(other[0])
+
+
 def test_without_locks_the_second_writer_is_refused_and_told_about_the_leftover(model, tmp_path, monkeypatch):
     """Some network file systems: no lock can say whether the writer of a temporary file still lives."""
     monkeypatch.setattr(files, "LOCK_WAIT_S", 0.1)
@@ -134,6 +152,30 @@ def test_a_temporary_name_that_is_taken_is_one_line(make, model, tmp_path, monke
 
 # ---- other disks, other processes
 
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=200k tmpfs "$1" && cp model.gguf "$1" && cd "$1" || exit 9
+head -c 80000 /dev/zero > other
+"$2" -m hylra_gguf embed-policy model.gguf --policy "$3/policy.json"
+echo $? $(ls -A) $(sha256sum < model.gguf)
+rm other
+"$2" -m hylra_gguf embed-policy model.gguf --policy "$3/policy.json" > /dev/null 2>&1
+echo $? $(ls -A)
+"""
+
+
+def test_a_disk_that_is_really_full_is_one_line_and_stays_as_it_is(tmp_path):
+    """A tmpfs in a name space of its own; when there is room again, the same command works."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk in a name space of their own")
+    model = write_model(tmp_path / "model.gguf", tail=os.urandom(80000))
+    POLICY.save(tmp_path / "policy.json")
+    (tmp_path / "disk").mkdir()
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", ON_A_SMALL_DISK, "sh", tmp_path / "disk", sys.executable, tmp_path],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"2 model.gguf other {sha256(model)} -", "0 model.gguf"], done.stderr
+    assert done.stderr == "hylra-gguf: error: model.gguf: No space left on device; nothing was changed, free some space or write to another disk with -o\n"
+
+
 def test_a_link_to_another_disk_is_followed(model, tmp_path):
     """The copy is made beside the real file, so that the rename stays on its disk."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
@@ -156,14 +198,24 @@ def test_a_rename_that_is_refused_changes_nothing(code, model, tmp_path, monkeyp
     assert sha256(model) == before and os.listdir(tmp_path) == ["model.gguf"]
 
 
+READER = textwrap.dedent("""
+    import hashlib, mmap, sys
+    with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        print("open", flush=True)
+        sys.stdin.readline()
+        print(hashlib.sha256(mapped).hexdigest(), hashlib.sha256(file.read()).hexdigest())
+""")
+
+
 def test_a_process_that_has_the_model_open_keeps_the_old_one(tmp_path):
     model = write_model(tmp_path / "model.gguf", tail=os.urandom(1 << 20))
     before = sha256(model)
-    with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+    with subprocess.Popen([sys.executable, "-c", READER, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout.readline() == "open\n"
         write_policy(model, POLICY)
         strip(model)
         write_policy(model, LONGER)
-        assert hashlib.sha256(mapped).hexdigest() == before and hashlib.sha256(file.read()).hexdigest() == before
+        assert reader.communicate("now\n")[0].split() == [before, before]
     assert read_policy(model) == LONGER
 
 

@@ -508,6 +508,23 @@ def test_the_bulk_of_the_copy_can_share_blocks(tmp_path, monkeypatch):
     assert read_policy(path) == POLICY
 
 
+def test_the_copy_is_sent_to_the_disk_while_it_goes_on(tmp_path, monkeypatch):
+    """All of the tensor data before fsync; a system without such a hint, or one that refuses it, gets the same file."""
+    path, calls = write_model(tmp_path / "model.gguf", tail=os.urandom(100000)), []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, count, advice: calls.append((start, start + count)))
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync") or fsync(fd))
+    write_policy(path, POLICY, tmp_path / "hinted.gguf")
+    sent, size = calls[:calls.index("fsync")], (tmp_path / "hinted.gguf").stat().st_size
+    assert sent[-1][1] == size and all(left[1] == right[0] for left, right in zip(sent[-2:], sent[-1:]))
+    assert sum(end - start for start, end in sent) >= size - read_header(tmp_path / "hinted.gguf").data_start
+    monkeypatch.setattr(os, "posix_fadvise", raising(OSError(errno.EINVAL, "Invalid argument")))
+    write_policy(path, POLICY, tmp_path / "refused.gguf")
+    monkeypatch.delattr(os, "posix_fadvise")
+    write_policy(path, POLICY, tmp_path / "absent.gguf")
+    assert len({sha256(tmp_path / f"{name}.gguf") for name in ("hinted", "refused", "absent")}) == 1
+
+
 def test_progress_ends_at_the_size_of_the_new_file(tmp_path):
     path, steps = write_model(tmp_path / "model.gguf", tail=bytes(100000)), []
     write_policy(path, POLICY, progress=lambda done, total: steps.append((done, total)))

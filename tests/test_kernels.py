@@ -71,9 +71,9 @@ class Problem:
             a.cells, a.n_cells, a.lists = pointer(cells), cells.shape[-1], cells.shape[-2]
         return a
 
-    def run(self, isa, cells=None, head_list=None, score_lists=0):
-        """(out [stream, token, head, dim], scores [stream, token, list, cell] or None) of one kernel set."""
-        out = np.full((self.n_stream, self.n_tokens, self.n_head, self.n_embd_v), np.nan, np.float32)
+    def run(self, isa, cells=None, head_list=None, score_lists=0, scores_only=False):
+        """(out [stream, token, head, dim] or None, scores [stream, token, list, cell] or None) of one kernel set."""
+        out = None if scores_only else np.full((self.n_stream, self.n_tokens, self.n_head, self.n_embd_v), np.nan, np.float32)
         scores = np.full((self.n_stream, self.n_tokens, score_lists, self.n_kv), np.nan, np.float32) if score_lists else None
         heads = np.asarray(head_list if head_list is not None else [0] * self.n_head_kv, np.int32)
         floats = lambda x: engine.ffi.NULL if x is None else engine.ffi.cast("float *", x.ctypes.data)
@@ -147,6 +147,15 @@ def test_dense(case, isa):
     np.testing.assert_allclose(scores, np.where(hidden, HIDDEN, pooled), atol=1e-6, rtol=1e-4)
     _, shared = problem.run(isa, score_lists=1)
     np.testing.assert_allclose(shared[:, :, 0], np.where(hidden[:, :, 0], HIDDEN, pooled.mean(2)), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("case", CASES)
+def test_scores_alone_are_those_of_dense_attention_and_v_stays_unread(case, isa):
+    problem = Problem(**CASES[case])
+    want = problem.run(isa, score_lists=1)[1]
+    problem.v_raw[:] = 0xFF  # not a number in every type that has one
+    np.testing.assert_array_equal(problem.run(isa, score_lists=1, scores_only=True)[1], want)
 
 
 def random_lists(problem, lists, n_cells, seed=1):

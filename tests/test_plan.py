@@ -35,7 +35,7 @@ def test_the_default_theta_is_the_strictest_that_leaves_a_third_dense(near, deca
 
 
 def test_the_default_theta_of_a_model_that_cannot_reuse_is_the_loosest():
-    policy = plan.plan_policy(make_profile(np.zeros((6, 6))))
+    policy = plan.plan_policy(make_profile(np.zeros((6, 6))), select="dense")
     assert (policy.layer_map(), policy.theta) == ("FFFFFF", 0.5)
 
 
@@ -150,14 +150,30 @@ def test_the_low_quantile_is_what_theta_is_compared_with():
     assert dense_count(plan.plan_policy(profile, theta=0.9, statistic="low")) == 8
 
 
+@pytest.mark.parametrize("flags, layers, sparse", [
+    ({}, "SRFS", (1, 0, 0, 1)),  # layer 2 is sensitive; layer 3 has no source, and its own cells do for it
+    ({"select": "sparse"}, "SRFS", (1, 0, 0, 1)),
+    ({"select": "dense"}, "SRFF", None),
+    ({"max_sensitivity": 0.5}, "SRSS", (1, 0, 1, 1)),
+    ({"strategy": "explicit", "layers": [0, 2]}, "SRSR", None),
+    ({"strategy": "explicit", "layers": [0, 2], "select": "sparse"}, "SRSR", (1, 0, 0, 0)),
+])
+def test_dense_layers_attend_to_their_own_selection_unless_they_are_sensitive(flags, layers, sparse):
+    similarity = np.zeros((4, 4))
+    similarity[0, 1] = 0.9
+    policy = plan.plan_policy(make_profile(similarity, sensitivity=[0.01, 0.01, 0.2, 0.01]), **{"strategy": "count", **flags},
+                              **({} if "strategy" in flags else {"count": 3}))
+    assert (policy.layer_map(), policy.sparse_select) == (layers, sparse)
+
+
 def test_importance_decides_which_layers_reuse():
     similarity = np.zeros((3, 3))
     similarity[0, 1], similarity[0, 2] = 0.8, 0.7
     profile = make_profile(similarity)
     for half in ("fit", "heldout"):
         profile.arrays[f"importance.{half}"] = np.array([0.1, 0.9, 0.1])
-    assert plan.plan_policy(profile, "count", count=2).layer_source == (0, 0, -1)
-    assert plan.plan_policy(profile, "count", count=2, weights="importance").layer_source == (0, -1, 0)
+    assert plan.plan_policy(profile, "count", count=2).layer_source == (0, 0, 2)
+    assert plan.plan_policy(profile, "count", count=2, weights="importance").layer_source == (0, 1, 0)
     profile.arrays["importance.fit"][1] = np.nan
     with pytest.raises(PolicyError, match="no importance of some layers"):
         plan.plan_policy(profile, "count", count=2, weights="importance")

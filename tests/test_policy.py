@@ -23,6 +23,7 @@ RICH = dict(
     sensitivity=(0.25, 0.016, 0.1, 0.2, 0.3, 0.4), overlap=tuple(i / 36 for i in range(36)), measured=MEASURED,
 )
 BUDGETS = dict(PLAIN, layer_top_k=(2048, 0, 0, 512, 0, 0))
+SPARSE = dict(PLAIN, sparse_select=(1, 0, 0, 0, 0, 0), top_k=1024)
 
 
 def test_budgets_per_layer_survive_json_and_gguf_and_are_shown():
@@ -30,6 +31,22 @@ def test_budgets_per_layer_survive_json_and_gguf_and_are_shown():
     assert policy.to_gguf()["hylra.layer_top_k"] == ("u32[]", [2048, 0, 0, 512, 0, 0])
     assert Policy.from_gguf_kv(policy.to_gguf()) == Policy.from_dict(json.loads(policy.to_json())) == policy
     assert "| 512: 3, 2048: 0 " in policy.describe() and "budgets" not in Policy(**PLAIN).describe()
+
+
+def test_sparse_select_layers_survive_json_and_gguf_and_are_shown():
+    policy = Policy(**SPARSE)
+    assert policy.to_gguf()["hylra.sparse_select"] == ("u32[]", [1, 0, 0, 0, 0, 0])
+    assert Policy.from_gguf_kv(policy.to_gguf()) == Policy.from_dict(json.loads(policy.to_json())) == policy
+    assert "| sparse select | 0 " in policy.describe() and "sparse select" not in Policy(**PLAIN).describe()
+
+
+@pytest.mark.parametrize("n_kv, cells, saved", [(8192, [1024], 0.375), (2049, [1024], 0.5 - 1024 / 2049), (2048, [], 0)])
+def test_a_sparse_select_layer_saves_half_but_for_its_cells(n_kv, cells, saved):
+    dense, sparse = Policy(**{**SPARSE, "sparse_select": None}), Policy(**SPARSE)
+    assert sparse.sparse_select_cells(n_kv) == cells
+    for policy in (dense, sparse):
+        object.__setattr__(policy, "min_context", 0)
+    assert sparse.reads_saved(n_kv) - dense.reads_saved(n_kv) == pytest.approx(saved / 6)
 
 
 def test_budgets_per_layer_count_in_the_reads_saved():
@@ -55,6 +72,9 @@ def test_numpy_values_become_plain_ones():
 @pytest.mark.parametrize("changes, words", [
     (dict(version=2), ("version 2", "newer")),
     (dict(version=0), ("version 0", "expected 1")),
+    (dict(sparse_select=(1, 0)), ("sparse_select has 2 values", "expected 6")),
+    (dict(sparse_select=(2, 0, 0, 0, 0, 0)), ("sparse_select[0] is 2", "0 or 1")),
+    (dict(sparse_select=(1, 1, 0, 0, 0, 0)), ("sparse_select[1] is 1", "does not select")),
     (dict(layer_mode=(), layer_source=()), ("layer_mode is empty",)),
     (dict(layer_mode=(1, 2)), ("layer_source has 6 values", "expected 2")),
     (dict(layer_mode=(1, 3, 0, 1, 2, 2)), ("layer_mode[1] is 3",)),
@@ -135,7 +155,7 @@ def test_a_policy_of_another_model_is_refused(counts, word):
         Policy(**PLAIN).validate(*counts)
 
 
-@pytest.mark.parametrize("fields", [PLAIN, RICH])
+@pytest.mark.parametrize("fields", [PLAIN, RICH, SPARSE])
 def test_every_form_gives_the_policy_back(fields, tmp_path):
     policy, path = Policy(**fields), tmp_path / "policy.json"
     policy.save(path)

@@ -1,4 +1,4 @@
-"""A whole profile of tiny models: what is sampled, what comes out, going on after an interruption, and what is refused."""
+"""A whole profile of tiny models: what is sampled, what comes out, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from support import VOCAB, random_tokens, write_tiny_model
 
-from hylra_gguf import profile, residual, resume, samples, texts
+from hylra_gguf import profile, residual, samples, texts
 from hylra_gguf.errors import ModelFileError, ProfileError
 from hylra_gguf.forward import Forward, ubatches
 from hylra_gguf.profile import Options, profile_model
@@ -128,7 +128,7 @@ def test_profile_of_two_texts_and_lengths(tiny, tmp_path):
     assert Profile.load(str(tmp_path / "p.json")).texts == ["one", "two"]
 
 
-@pytest.mark.parametrize("type_kv", ["bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("type_kv", ["bf16", "q8_0", "q4_0", "q8_0/bf16", "f16/q8_0"])
 def test_kv_types_agree_within_their_rounding(tiny, type_kv):
     exact = profile_model(tiny, TEXTS, SMALL)
     found = profile_model(tiny, TEXTS, Options(**{**vars(SMALL), "type_kv": type_kv}))
@@ -194,76 +194,6 @@ def test_importance_that_the_graph_does_not_show_is_absent_and_said(tiny, tmp_pa
     assert np.isnan(Profile.load(str(tmp_path / "p.json")).layer("importance")).all()
 
 
-# -- an interruption --------------------------------------------------------------------------------------------------
-
-
-def interrupted_at(monkeypatch, tokens_read):
-    """decode fails with Ctrl-C after that many tokens"""
-    decode, left = Forward.decode, [tokens_read]
-
-    def once(self, tokens, start, outputs):
-        if left[0] <= 0:
-            raise KeyboardInterrupt
-        left[0] -= len(tokens)
-        return decode(self, tokens, start, outputs)
-
-    monkeypatch.setattr(Forward, "decode", once)
-
-
-def count_tokens(monkeypatch):
-    decode, read = Forward.decode, []
-
-    def counted(self, tokens, start, outputs):
-        read.append(len(tokens))
-        return decode(self, tokens, start, outputs)
-
-    monkeypatch.setattr(Forward, "decode", counted)
-    return read
-
-
-@pytest.mark.parametrize("interval_s, read_before, read_after", [(1e9, 1536, 1024), (0.0, 1536, 512)])
-def test_an_interrupted_profile_goes_on_where_it_was(tiny, tmp_path, monkeypatch, interval_s, read_before, read_after):
-    whole, output = profile_model(tiny, TEXTS, SMALL), str(tmp_path / "p.json")
-    monkeypatch.setattr(resume, "KV_INTERVAL_S", interval_s)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupted_at(patch, read_before)
-        profile_model(tiny, TEXTS, SMALL, output)
-    read = count_tokens(monkeypatch)
-    found = profile_model(tiny, TEXTS, SMALL, output)
-    assert sum(read) == read_after
-    for key, array in whole.arrays.items():
-        np.testing.assert_array_equal(found.arrays[key], array)
-
-
-def test_a_lost_cache_only_costs_the_text(tiny, tmp_path, monkeypatch):
-    output = str(tmp_path / "p.json")
-    monkeypatch.setattr(resume, "KV_INTERVAL_S", 0.0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupted_at(patch, 1536)
-        profile_model(tiny, TEXTS, SMALL, output)
-    (tmp_path / "p.json.part.kv").write_bytes(b"damaged")
-    read = count_tokens(monkeypatch)
-    assert profile_model(tiny, TEXTS, SMALL, output).eligible == [True] * 4 and sum(read) == 1024
-
-
-@pytest.mark.parametrize("texts_now, change, words", [
-    (TEXTS, {"top_k": [400]}, "begun with another top_k; run with the settings of that time, or remove it"),
-    (TEXTS, {"type_kv": "q8_0"}, "another type_kv"), (TEXTS[::-1], {}, "another text"),
-    (TEXTS, {"contexts": [1100]}, "another text contexts")])
-def test_progress_of_other_settings_is_refused(tiny, tmp_path, texts_now, change, words):
-    output = str(tmp_path / "p.json")
-    profile_model(tiny, TEXTS, SMALL, output)
-    with pytest.raises(ProfileError, match=f"p.json.part: begun with .*{words.split('begun with ')[-1]}"):
-        profile_model(tiny, texts_now, Options(**{**vars(SMALL), **change}), output)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"[]"])
-def test_damaged_progress_is_one_line(tiny, tmp_path, content):
-    (tmp_path / "p.json.part").write_bytes(content)
-    with pytest.raises(ProfileError, match="p.json.part: the progress of an earlier run cannot be read; remove it"):
-        profile_model(tiny, TEXTS, SMALL, str(tmp_path / "p.json"))
-
-
 def test_the_command_leaves_the_profile_and_nothing_else(tiny, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "p.json.part.kv.tmp").write_text("of a killed run")
@@ -291,7 +221,9 @@ def test_a_failed_decode_is_one_line(tiny, monkeypatch):
 
 @pytest.mark.parametrize("change, words", [
     ({"type_kv": "q5_1"}, "-ctk q5_1: expected one of f16 q4_0 q8_0 bf16"), ({"type_kv": "f32"}, "-ctk f32: expected one of f16"),
+    ({"type_kv": "q8_0/q5_1"}, "-ctv q5_1: expected one of f16 q4_0 q8_0 bf16"),
     ({"block_sizes": (8,)}, "--block-sizes 8: expected 1, or 16 to 128"),
+    ({"contexts": [1 << 20]}, r"-c 1048576: beyond the \d+ tokens that this model was trained for; lower -c"),
     ({"contexts": [4096]}, "one: 2048 tokens, shorter than the context of 4096; lower -c or give a longer text"),
     ({"contexts": [40]}, "-c 40: too short to profile"), ({"samples": 0}, "--samples 0"), ({"top_k": [200]}, "top_k 200 is below the 260"),
     ({"contexts": [512, 1024], "top_k": [500]}, "context 512 is too short for top_k 500"),

@@ -132,7 +132,7 @@ def test_frontier_needs_more_dense_layers_for_more_recall(folder, capsys):
 
 def test_each_edge_is_measured_at_the_budget_of_its_source(folder, capsys):
     profile, policy = Profile.load("profile.json"), Policy.load("policy.json").to_dict()
-    policy.update(layer_mode=[1, 2, 1, 2], layer_source=[0, 0, 2, 2], layer_top_k=[300, 0, 512, 0])
+    policy.update(layer_mode=[1, 2, 1, 2], layer_source=[0, 0, 2, 2], layer_top_k=[300, 0, 512, 0], sparse_select=[1, 0, 0, 0])
     (folder / "budgets.json").write_text(json.dumps(policy))
     edges = as_json(capsys, "profile.json", "--policy", "budgets.json")["plan"]["edges"]
     assert [(edge["layer"], edge["source"], edge["top_k"]) for edge in edges] == [(1, 0, 300), (3, 2, 512)]

@@ -115,10 +115,17 @@ def test_published_sources_that_are_not_the_nearest():
     assert plan.sources == [-1 if layer in lonely else source for layer, source in enumerate(HSHARE)]
 
 
+def test_dense_layers_between_select_layers():
+    """OmniKV's: the layer after each select layer is dense."""
+    sources = [-1, -1, 2, -1, *[2] * 4, 8, -1, *[8] * 8, 18, -1, *[18] * 12]
+    assert strategies.choose("explicit", make_problem([True] * 32), sources=sources).sources == sources
+
+
 @pytest.mark.parametrize("strategy, layers, n_layer", [
     ("kascade", [0, 2, 8, 13, 14], 32), ("kascade", [0, 2, 4, 8, 13, 16], 32), ("kascade", [0, 2, 7, 14, 23], 36),
     ("tidal", [2, 13], 32), ("tidal", [2, 12], 36), ("tidal", [2, 20], 36), ("explicit", [0, 1, 2, 14, 22], 28),
-    ("explicit", [2, 8, 18], 32),
+    ("explicit", [2, 8, 18], 32), ("kascade", [0, 2, 8, 11, 13, 14], 32), ("kascade", [0, 2, 7, 13, 17, 23], 36),
+    ("explicit", [4, 19, 41], 80), ("explicit", [0, 1, *range(2, 75, 4)], 78),
 ])
 def test_published_lists(strategy, layers, n_layer):
     flags = {"anchors" if strategy == "kascade" else "layers": layers}

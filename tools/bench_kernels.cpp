@@ -2,7 +2,7 @@
 // One sequence, one token; it measures kernels and nothing else (llama.cpp's graph and weights are `hylra-gguf bench`).
 //
 //   bench-kernels [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 32768] [--top-k 1024] [--lists 8] [--type f16|q8_0|bf16|f32|q4_0]
-//                 [--threads 2] [--repetitions 9] [--isa avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|reuse|read]
+//                 [--threads 2] [--repetitions 9] [--isa avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|scores|reuse|read]
 //
 // --cache hot: nothing is read between the arms, so that a few cells stay in the processor's cache and only arithmetic is left.
 // --only: the arms of that name alone, so that a counter around the process sees nothing else; read is what comes before each.
@@ -139,7 +139,7 @@ constexpr int POOL_CELLS = 4096;
 struct bench {
     const options & o;
     const hylra_kernels & kernels;
-    hylra_job dense, with_weights, sparse;
+    hylra_job dense, with_weights, scoring, sparse;
     std::vector<float> dense_scratch, weights_scratch, sparse_scratch, scores, out;
     std::vector<int32_t> cells, head_list;
 
@@ -149,6 +149,8 @@ struct bench {
         for (size_t i = 0; i < cells.size(); ++i) { cells[i] = int32_t(i % o.top_k*o.n_kv/o.top_k); } // until `choose` has run
         dense       = place(a, dense_scratch, false);
         with_weights = place(a, weights_scratch, true);
+        scoring = with_weights; // as a sparse select layer does it
+        scoring.scores_only = true;
         hylra_attn listed = a;
         listed.cells   = cells.data();
         listed.n_cells = o.top_k;
@@ -249,7 +251,7 @@ options parse(int argc, char ** argv) {
         exit(2);
     };
     one_of(o.cache, { "cold", "hot" }, "--cache");
-    one_of(o.only, { "", "full", "select", "reuse", "read" }, "--only");
+    one_of(o.only, { "", "full", "select", "scores", "reuse", "read" }, "--only");
     if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > o.n_kv || o.head_size % ggml_blck_size(o.type)) {
         fprintf(stderr, "bench-kernels: heads must be a multiple of kv-heads, lists 1 or kv-heads, top-k at most n-kv, head-size whole blocks\n");
         exit(2);
@@ -286,6 +288,7 @@ int main(int argc, char ** argv) {
         { "select_reduce", 0,            [&](int i, int n) { b.reduce(b.with_weights, i, n); } },
         { "select_pool",   0,            [&](int i, int n) { b.pool(i, n); } },
         { "select_choose", 0,            [&](int i, int n) { b.choose(i, n); } },
+        { "scores",        dense_bytes/2, [&](int i, int n) { b.attend(b.scoring, i, n); } },
         { "reuse",         sparse_bytes, [&](int i, int n) { b.attend(b.sparse, i, n); } },
         { "reuse_reduce",  0,            [&](int i, int n) { b.reduce(b.sparse, i, n); } },
     };

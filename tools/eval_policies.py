@@ -20,6 +20,7 @@ N_DENSE = 10  # of 30 layers, as many as jump3 has
 N_SEEDS = 5
 BLOCKS = (1, 16, 32, 64, 128)
 BUDGETS = (128, 256, 512, 1024, 2048, 4096)
+SELECT_BUDGETS = (512, 1024, 2048)
 FEW_RECENT = 64  # fits the smallest of the budgets
 
 
@@ -47,7 +48,7 @@ def counts(profile: Profile, wanted: tuple[int, ...]) -> list[int]:
 
 
 def strategies(profile: Profile) -> Policies:
-    """The same k and the same number of dense layers, but for tidal, which has its own, and `own`, where every layer selects for itself."""
+    """The same k and the same number of dense layers, which attend to all cells, but for tidal, which has its own, and `own`, where every layer selects for itself."""
     n = counts(profile, (N_DENSE,))[0]
     every = -(-sum(profile.eligible) // n)
     flags = {"hylra-count": ("count", {"count": n}), "bottleneck": ("bottleneck", {"count": n}), "jump3": ("jump3", {}),
@@ -55,14 +56,20 @@ def strategies(profile: Profile) -> Policies:
              **{f"random{seed}": ("random", {"count": n, "seed": seed}) for seed in range(N_SEEDS)}}
     found = {}
     for name, (strategy, own) in flags.items():
-        found[name] = plan_policy(profile, strategy, top_k=TOP_K, max_sensitivity=1.0, **own)
+        found[name] = plan_policy(profile, strategy, top_k=TOP_K, max_sensitivity=1.0, select="dense", **own)
     return {**found, "own": own_cells(found["hylra-count"])}
 
 
 def own_cells(policy: Policy) -> Policy:
-    """Quest-like: every layer attends to its own best cells. The upper bound, and no cheaper than dense."""
+    """Quest-like: every layer attends to its own best cells. The upper bound, at half the reads of dense or more."""
     n = policy.layer_count
-    return replace(policy, layer_mode=(REUSE,) * n, layer_source=tuple(range(n)), layer_top_k=None, overlap=None, theta=None, summary="")
+    return replace(policy, layer_mode=(REUSE,) * n, layer_source=tuple(range(n)), layer_top_k=None, sparse_select=None, overlap=None, theta=None, summary="")
+
+
+def select(profile: Profile) -> Policies:
+    """What select layers attend to, at three budgets: all cells or their own selection."""
+    return {f"{kind}-k{k}": replace(plan_policy(profile, "count", count=counts(profile, (N_DENSE,))[0], select=kind), top_k=k)
+            for k in SELECT_BUDGETS for kind in ("dense", "sparse")}
 
 
 def blocks(profile: Profile) -> Policies:
@@ -96,7 +103,7 @@ def base(profile: Profile) -> Policy:
 
 
 EXPERIMENTS: Dict[str, Callable[[Profile], Policies]] = {
-    one.__name__: one for one in (default, theta, strategies, blocks, budgets, lists, forced)}
+    one.__name__: one for one in (default, theta, strategies, select, blocks, budgets, lists, forced)}
 
 
 def main(name: str, profile: str, folder: str) -> None:

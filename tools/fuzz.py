@@ -42,8 +42,9 @@ INSTRUMENTED = ("import os, sys, atheris\n"
 # ---- building
 
 def build_tree() -> Path:
-    """The folder in which the engine was built last."""
-    found = sorted(ROOT.glob("build/*/compile_commands.json"), key=lambda path: path.stat().st_mtime)
+    """The folder in which the engine was built last, but not with a sanitizer, whose objects link with their like alone."""
+    trees = (path for path in ROOT.glob("build/*/compile_commands.json") if not path.parent.name.startswith("sanitize-"))
+    found = sorted(trees, key=lambda path: path.stat().st_mtime)
     if not found:
         sys.exit(f"{ROOT}/build: no build tree of the engine, expected one; run make test first")
     return found[-1].parent

@@ -6,13 +6,13 @@ Pure functions from numbers to rows, but for `read_shape`, which refuses models 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
 from hylra_gguf.errors import ModelFileError
 from hylra_gguf.gguf_header import model_shape, read_header
-from hylra_gguf.policy import REUSE, Policy
+from hylra_gguf.policy import Policy
 
 KINDS = ("full", "select", "reuse")
 EVENTS = ("instructions", "cycles", "cache-misses")  # names of `perf stat`
@@ -146,12 +146,12 @@ def read_shape(path: str) -> Shape:
                  heads_kv, int(sum(tensor.n_elements for tensor in read)), int(sum(tensor.n_bytes for tensor in read)))
 
 
-def cells_read(row: dict, policy: Policy, layers: int) -> int:
-    """Cells that a step reads, all layers together; a row of `hylra-gguf bench`"""
+def cells_read(row: dict, policy: Policy, layers: int) -> float:
+    """Cells that a step reads, all layers together, K or V of one as half a cell; a row of `hylra-gguf bench`"""
     depth = row["n_depth"]
     if row["arm"] != "hylra" or not row["hylra_sparse_steps"]:
         return layers * depth
-    return (layers - policy.layer_mode.count(REUSE)) * depth + sum(min(cells, depth) for cells in policy.reuse_cells(depth))
+    return layers * depth * (1 - replace(policy, min_context=0).reads_saved(depth))
 
 
 def step_rows(bench_rows: list[dict], shape: Shape, policy: Policy, read_bytes_per_s: float,

@@ -17,16 +17,18 @@ from pathlib import Path
 
 from hylra_gguf.bench import commit, cpu_info
 
-HEAD = ("KV", "cells", "full ms", "of read", "select ms", "of read", "pooling and top-k", "reuse ms")
+HEAD = ("KV", "cells", "full ms", "of read", "select ms", "of read", "pooling and top-k", "reuse ms", "scores ms", "of read", "sparse select ms")
 
 
 def cells_of(row: dict) -> tuple:
-    """Select is all four nodes; shares of read are of the bandwidth measured in the same run."""
+    """Select is all four nodes; sparse select is scores, pooling, top-k and what reuse takes. Shares are of the bandwidth of the same run."""
     chosen_ms = row["select_pool_ms"] + row["select_choose_ms"]
     select_ms = row["select_attend_ms"] + row["select_reduce_ms"] + chosen_ms
     read = row["select_attend_bytes"] / row["read_bytes_per_s"] / (select_ms / 1e3)
+    reuse_ms = row["reuse_ms"] + row["reuse_reduce_ms"]
     return (row["type"], row["n_kv"], f"{row['full_ms']:.2f}", f"{row['full_of_read']:.0%}", f"{select_ms:.2f}", f"{read:.0%}",
-            f"{chosen_ms / select_ms:.0%}", f"{row['reuse_ms'] + row['reuse_reduce_ms']:.2f}")
+            f"{chosen_ms / select_ms:.0%}", f"{reuse_ms:.2f}",
+            f"{row['scores_ms']:.2f}", f"{row['scores_of_read']:.0%}", f"{row['scores_ms'] + chosen_ms + reuse_ms:.2f}")
 
 
 def table(result: dict) -> str:

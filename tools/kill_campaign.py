@@ -3,7 +3,8 @@
     python tools/kill_campaign.py MODEL --policy POLICY --kills 500 > docs/trust-kills.json
 
 MODEL is changed all the time and is the dense file again at the end. After each kill it must be the old or the new file, by its
-sha256, and after the next whole run nothing else may lie in its folder. Moments are drawn from the length of a whole run.
+sha256, and after the next whole run nothing else may lie in its folder. Half of the moments are drawn from the length of a whole
+run, half from the time after the copy has begun.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Campaign:
 
     def kill_one(self, action: str, state: str) -> str:
         process = self.start(action)
-        time.sleep(self.rng.uniform(0.3, 1.05) * self.duration_s[action])  # before it, Python is still starting
+        self.wait(process, self.duration_s[action])
         process.kill()
         if process.wait() != -signal.SIGKILL:
             self.counts["too_late"] += 1
@@ -83,6 +84,15 @@ class Campaign:
         self.counts["broken_files"] += found not in self.hashes.values()
         self.counts["left_a_temporary_file"] += set(os.listdir(self.model.parent)) != self.beside
         return action if found == self.hashes[action] else state
+
+    def wait(self, process: subprocess.Popen, duration_s: float) -> None:
+        """To a moment of the whole run, or of the time after the copy has begun: before it, Python is still starting."""
+        if self.rng.random() < 0.5:
+            time.sleep(self.rng.uniform(0.3, 1.05) * duration_s)
+            return
+        while process.poll() is None and set(os.listdir(self.model.parent)) == self.beside:
+            time.sleep(0.001)
+        time.sleep(self.rng.uniform(0, 0.5) * duration_s)
 
     def complete_and_look(self, action: str) -> str:
         self.complete(action)

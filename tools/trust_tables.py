@@ -31,15 +31,16 @@ def collected() -> Counter:
     return Counter(line.split("[")[0] for line in ids) + Counter(line.split("::")[0] for line in ids)
 
 
-def number_in(reference: str) -> int:
+def number_in(reference: str) -> float:
+    """As it stands there, but a size or a count without its fraction."""
     path, keys = reference.split("#")
     value = json.loads((ROOT / path).read_text())
     for key in keys.split("."):
         value = value[key]
-    return int(value)
+    return value if value < 10 else int(value)
 
 
-def count_of(shown: str, cases: Counter) -> int:
+def count_of(shown: str, cases: Counter) -> float:
     """Raises KeyError for what is not there."""
     total = 0
     for reference in REFERENCE.findall(shown):

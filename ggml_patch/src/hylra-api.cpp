@@ -212,10 +212,11 @@ int hylra_test_attend(const char * isa, const hylra_attn * attn, const int32_t *
     const int n_listed = job.cells ? attn->n_cells : attn->n_kv;
     std::vector<float> scratch(hylra_attend_floats(*attn, n_listed, scores != nullptr), NAN); // poisoned: what is not written shows
     hylra_place(job, scratch.data(), scores != nullptr);
+    job.scores_only = out == nullptr;
     for (int task = 0; task < hylra_n_task(job); ++task) {
         kernels->attend(job, task);
     }
-    for (int row = 0; row < attn->n_head*attn->n_tokens*attn->n_stream; ++row) {
+    for (int row = 0; out && row < attn->n_head*attn->n_tokens*attn->n_stream; ++row) {
         kernels->reduce(job, row/attn->n_head/attn->n_tokens, row/attn->n_head%attn->n_tokens, row%attn->n_head, out + size_t(row)*attn->n_embd_v);
     }
     if (scores) {

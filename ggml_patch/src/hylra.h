@@ -139,7 +139,7 @@ HYLRA_API int hylra_trace_node(const struct ggml_tensor * node, struct hylra_att
 // ---- kernels under test: `isa` is "ref" (scalar twins), "base", "avx2" or "avx512"; return 0, or -1 if this build or
 // machine does not have it.
 
-// out: F32 [n_embd_v, n_head, n_tokens, n_stream], contiguous.
+// out: F32 [n_embd_v, n_head, n_tokens, n_stream], contiguous; NULL: scores alone, V is not read.
 // head_list: I32 [n_head_kv] list of attn->cells taken by each KV head; unused if attn->cells is NULL.
 // scores: F32 [n_kv, score_lists, n_tokens, n_stream] or NULL: attention mass per cell, averaged over the heads of a list.
 HYLRA_API int hylra_test_attend(const char * isa, const struct hylra_attn * attn, const int32_t * head_list,

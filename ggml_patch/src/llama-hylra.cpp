@@ -101,8 +101,8 @@ static const llama_kv_cache_context * cache_of(const llama_memory_context_i * mc
 
 class llm_graph_input_hylra : public llm_graph_input_i {
 public:
-    llm_graph_input_hylra(llama_hylra_context & state, const llama_memory_context_i * mctx) :
-        state(state), policy(state.policy), epoch(state.epoch), cache(cache_of(mctx)),
+    llm_graph_input_hylra(llama_hylra_context & state, const llama_kv_cache * kv) :
+        state(state), policy(state.policy), epoch(state.epoch), kv(kv),
         layer_states(policy ? policy->layer_count : 0, HYLRA_LAYER_NO_ATTENTION) {}
 
     void set_input(const llama_ubatch * ubatch) override {
@@ -120,15 +120,12 @@ public:
     }
 
     // Topology follows from the policy and from shapes that the KQ mask's own input compares.
-    bool can_reuse(const llm_graph_params & params) override {
-        cache = cache_of(params.mctx); // the memory context of the graph's first batch is gone by now
-        return epoch == state.epoch;
-    }
+    bool can_reuse(const llm_graph_params &) override { return epoch == state.epoch; }
 
     llama_hylra_context & state;
     const llama_hylra_policy_ptr policy; // kept alive for the graph's nodes
     const uint32_t epoch;
-    const llama_kv_cache_context * cache;
+    const llama_kv_cache * kv; // lives as long as the context; the memory context of a batch does not outlive it, this graph may
 
     bool     decode_sized  = false; // this batch is one that the policy speaks of
     bool     sparse        = false; // ... and the cache is long enough
@@ -144,7 +141,7 @@ private:
     // Sink and recent cells by position within the token's own sequence: cells may lie in any order.
     void set_forced(const llama_ubatch & ubatch, uint32_t i, int32_t * out) const {
         const llama_seq_id seq = ubatch.seq_id[i][0]; // the one that the KQ mask uses
-        const auto & by_pos = cache->get_kv()->get_cells(seq).seq_pos_get(seq);
+        const auto & by_pos = kv->get_cells(seq).seq_pos_get(seq);
         const auto end = by_pos.upper_bound({ ubatch.pos[i], UINT32_MAX }); // later tokens of the batch are in the cache already
         std::fill(out, out + forced->ne[0], -1);
         uint32_t n = 0;
@@ -163,19 +160,19 @@ static uint32_t max_decode_tokens(const llama_ubatch & ubatch) {
     return std::min<uint32_t>(TOKENS_PER_SEQUENCE*ubatch.n_seqs_unq, HYLRA_MAX_TOKENS);
 }
 
-static void decide(llm_graph_input_hylra & input, const llm_graph_context & graph) {
+static void decide(llm_graph_input_hylra & input, const llm_graph_context & graph, const llama_kv_cache_context * cache) {
     const llama_cparams & c = graph.cparams;
     // auto_fa: the probe for flash attention must see the stock node (llama_context::resolve_fused_ops)
     const bool ours    = input.policy && c.causal_attn && !c.training && !c.auto_fa && graph.ubatch.n_tokens <= max_decode_tokens(graph.ubatch);
-    input.decode_sized = ours && input.cache;
-    if (ours && !input.cache) {
+    input.decode_sized = ours && cache;
+    if (ours && !cache) {
         input.state.layer_states.assign(input.policy->layer_count, HYLRA_LAYER_MEMORY);
         input.state.stock_only = true;
     }
     if (!input.decode_sized) {
         return;
     }
-    const uint32_t n_kv = input.cache->get_n_kv();
+    const uint32_t n_kv = cache->get_n_kv();
     input.n_sink   = std::min(input.policy->sink_tokens, n_kv);
     input.n_recent = std::min(input.policy->recent_tokens, n_kv);
     // n_kv is padded: only above min_context + padding are min_context cells surely in use
@@ -189,8 +186,9 @@ static llm_graph_input_hylra & input_of(const llm_graph_context & graph) {
             return *found;
         }
     }
-    auto input = std::make_unique<llm_graph_input_hylra>(*graph.cparams.hylra, graph.mctx);
-    decide(*input, graph);
+    const llama_kv_cache_context * cache = cache_of(graph.mctx);
+    auto input = std::make_unique<llm_graph_input_hylra>(*graph.cparams.hylra, cache ? cache->get_kv() : nullptr);
+    decide(*input, graph, cache);
     return *static_cast<llm_graph_input_hylra *>(graph.res->add_input(std::move(input)));
 }
 
