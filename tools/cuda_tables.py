@@ -18,12 +18,14 @@ def rows_of(folder: Path, kind: str = ""):
             yield from ((path.stem, row) for row in json.loads(path.read_text()))
 
 
-def place(row: dict) -> str:
-    return "host memory" if row.get("no_kv_offload") else "two GPUs" if "," in row["gpu_info"] else "GPU"
+def place(name: str, row: dict) -> str:
+    """The card, and where the cache lies; of a machine's two cards only the runs named -two have used both."""
+    card = row["gpu_info"].split(",")[0].split()[1]
+    return f"two {card}" if name.endswith("-two") else f"{card}, cache in host memory" if row.get("no_kv_offload") else card
 
 
 def decode(folder: Path):
-    yield "| model shape | KV | cache in | sequences | depth | stock | policy | HyLRA | ratio |\n" + "| --- " * 9 + "|"
+    yield "| model shape | KV | on | sequences | depth | stock | policy | HyLRA | ratio |\n" + "| --- " * 9 + "|"
     stock = {}
     for name, row in rows_of(folder):
         if row["arm"] == "stock-fa1":
@@ -31,7 +33,7 @@ def decode(folder: Path):
             continue
         shape = row["model_filename"].removesuffix(".gguf")
         policy = row["arm"].removeprefix("hylra").removeprefix(":").removeprefix(shape).removeprefix("-") or "per-head"
-        yield (f"| {shape} | {row['type_k']} | {place(row)} | {row['n_seq']} | {row['n_depth']} | {stock[name, row['n_depth']]:.1f} | {policy} | "
+        yield (f"| {shape} | {row['type_k']} | {place(name, row)} | {row['n_seq']} | {row['n_depth']} | {stock[name, row['n_depth']]:.1f} | {policy} | "
                f"{row['median_ts']:.1f} | {row['speedup']:.2f} |")
 
 
