@@ -199,6 +199,7 @@ def status(ctx) -> dict:
         "left_to_stock": left_to_stock(ctx, raw.n_layer),
         "top_k": raw.top_k,
         "min_context": raw.min_context,
+        "device_min_context": raw.device_min_context,
         "steps": raw.n_step,
         "sparse_steps": raw.n_step_sparse,
         "captured_mass": {il: mass[il] / n[il] for il in range(raw.n_layer) if n[il]},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import shlex
 import sys
 import time
@@ -127,6 +128,7 @@ class Examiner:
 def records(args, arms: list[Arm], report: Callable[[str], None]) -> Iterator[Record]:
     """The facts of the model, then one record per document as soon as it is done; no document begins when the time is over."""
     end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+    os.environ.setdefault("HYLRA_DEVICE_MIN_CONTEXT", "0")  # what a policy loses is asked, also where a GPU would not gain
     with Model(args.model, args.n_gpu_layers) as model, contextlib.ExitStack() as stack:
         examiner = Examiner(model, arms, args, stack)
         yield facts_of_model(model)

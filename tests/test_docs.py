@@ -42,7 +42,7 @@ def test_tables_of_accuracy_are_the_committed_results(path):
     assert "<!-- losses: " in text and rendered(text) == text
 
 
-@pytest.mark.parametrize("make", [cuda_tables.decode, cuda_tables.kernels, cuda_tables.averages], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [cuda_tables.decode, cuda_tables.kernels, cuda_tables.averages, cuda_tables.steps], ids=lambda make: make.__name__)
 def test_tables_of_cuda_are_the_committed_results(make):
     assert "\n".join(make(ROOT / "docs" / "cuda")) in (ROOT / "docs" / "cuda.md").read_text()
 

@@ -86,10 +86,8 @@ double copy_bandwidth(int repetitions) {
     return 2.0*bytes/us*1e6;
 }
 
-// Random rows of the type, repeated to fill the buffer
-void fill_rows(const device_buffer & buffer, int head_size, ggml_type type) {
-    std::mt19937 rng(7);
-    const std::vector<uint8_t> rows = as_type(random_floats(rng, size_t(head_size)*16384, 1.0f), head_size, type);
+// Rows of the type, repeated to fill the buffer
+void fill_rows(const device_buffer & buffer, const std::vector<uint8_t> & rows) {
     for (size_t at = 0; at < buffer.bytes; at += rows.size()) {
         CHECK(cudaMemcpy((char *) buffer.data + at, rows.data(), std::min(rows.size(), buffer.bytes - at), cudaMemcpyHostToDevice));
     }
@@ -105,11 +103,13 @@ struct layers {
     layers(const options & o, int n_kv) : o(o), n_kv(n_kv), n_layer(int(std::max<size_t>(2, CACHED_BYTES/cache_bytes()))), lists(o.kv_heads),
         q(random_q()), mask(std::vector<uint16_t>(size_t(n_kv)*o.streams, 0)), cells(random_cells()), out(size_t(o.head_size_v())*o.heads*o.streams*4),
         scores(size_t(n_kv)*lists*o.streams*4), forced(std::vector<int32_t>(size_t(o.streams)*68, -1)), meters(std::vector<uint64_t>(size_t(lists)*o.streams*2)) {
+        std::mt19937 rng(7);
+        const std::vector<uint8_t> rows = as_type(random_floats(rng, size_t(o.head_size)*16384, 1.0f), o.head_size, o.type);
         for (int i = 0; i < n_layer; ++i) {
             k.emplace_back(k_bytes());
             v.emplace_back(cache_bytes() - k_bytes());
-            fill_rows(k.back(), o.head_size, o.type);
-            fill_rows(v.back(), o.head_size, o.type);
+            fill_rows(k.back(), rows);
+            fill_rows(v.back(), rows);
         }
         for (int head = 0; head < o.kv_heads; ++head) { head_list.push_back(head); }
     }

@@ -40,11 +40,11 @@ run_kernels() {
     kernels llama-3.1-8b         --heads 32 --n-kv 8192,16384,32768,65536,131072
     kernels llama-3.1-8b-4       --heads 32 --streams 4 --n-kv 65536,131072
     kernels llama-3.1-8b-8       --heads 32 --streams 8 --n-kv 65536
-    kernels deepseek-r1          --mla 1 --heads 128 --n-kv 8192,61440,131072
     kernels qwq-32b              --heads 40 --n-kv 8192,61440,131072
     kernels qwq-32b-4            --heads 40 --streams 4 --n-kv 61440
     kernels qwen3-32b            --heads 64 --n-kv 61440,131072
     kernels llama-3.1-8b-q8_0    --heads 32 --type q8_0 --n-kv 8192,65536,131072
+    kernels deepseek-r1          --mla 1 --heads 128 --n-kv 8192,61440,131072
 }
 
 model() { # shape, policy name, flags of the policy

@@ -53,6 +53,7 @@ void hylra_get_status(const llama_context * ctx, hylra_status * out) {
     out->n_layer       = state.model.hparams.n_layer();
     out->n_step        = state.n_step;
     out->n_step_sparse = state.n_step_sparse;
+    out->device_min_context = state.device_min_context;
     if (const auto & p = state.policy) {
         out->n_full      = p->count(HYLRA_FULL);
         out->n_select    = p->count(HYLRA_SELECT);

@@ -20,6 +20,7 @@ struct llama_hylra_context {
 
     uint64_t n_step = 0;
     uint64_t n_step_sparse = 0;
+    uint32_t device_min_context = 0; // cells below which layers on a GPU stay llama.cpp's; 0: none seen there
     bool     stock_only = false; // the policy is on, but the last graph held no layer that the engine can serve
     std::vector<uint32_t> layer_states; // hylra_layer_state [n_layer] of the last sparse graph
     hylra_meters meters;

@@ -57,6 +57,7 @@ struct hylra_status {
     uint32_t min_context;
     uint64_t n_step;         // decode-sized batches computed while on
     uint64_t n_step_sparse;  // of these, batches whose graph held HyLRA nodes
+    uint32_t device_min_context; // cells below which a cache on a GPU is too short to gain and runs stock; 0: in host memory, or not known yet
 };
 
 HYLRA_API const char * hylra_version(void);

@@ -31,6 +31,11 @@ constexpr uint32_t KV_PADDING           = 256;        // llama_kv_cache::get_n_k
 constexpr int      EPOCH_PARAM          = 8;          // in op_params, behind ggml_custom_op_params
 constexpr uint32_t TOKENS_PER_SEQUENCE  = 8;          // drafts of speculative decoding; more tokens are a prefill
 
+// On a GPU a reuse layer takes its 10 us however short the cache is; llama.cpp's dense kernel takes twice that at 16M values of K and V
+// (8192 cells of 8 KV heads of 128), so that even with one select layer in three nothing is lost (docs/cuda.md).
+constexpr uint64_t DEVICE_VALUES         = 1u << 24;
+constexpr uint64_t DEVICE_SKIPPED_VALUES = 12u << 20; // of V, that pay for the second attend of a select layer that skips them
+
 // ---- policy and state
 
 llama_hylra_policy_ptr llama_hylra_load(const llama_model_loader & ml, const llama_hparams & hparams) {
@@ -60,6 +65,7 @@ void llama_hylra_context::set_policy(llama_hylra_policy_ptr next, const std::str
 
 void llama_hylra_context::reset_counters() {
     n_step = n_step_sparse = 0;
+    device_min_context = 0;
     layer_states.assign(policy ? policy->layer_count : 0, HYLRA_LAYER_UNKNOWN);
     stock_only = false;
     meters.clear();
@@ -286,6 +292,22 @@ struct layer_builder {
     }
 };
 
+// The environment variable HYLRA_DEVICE_MIN_CONTEXT: cells from which on graphs run sparse on a GPU; -1: not set
+static int64_t device_override() {
+    const char * value = getenv("HYLRA_DEVICE_MIN_CONTEXT");
+    return value && *value ? atoll(value) : -1;
+}
+
+// Cells from which on a layer is faster than llama.cpp's on a GPU
+static uint32_t device_min_context(const ggml_tensor * k, const ggml_tensor * v) {
+    const uint64_t values_per_cell = uint64_t(k->ne[0] + v->ne[0])*k->ne[2]*k->ne[3];
+    return uint32_t(device_override() >= 0 ? device_override() : (DEVICE_VALUES + values_per_cell - 1)/values_per_cell);
+}
+
+static bool skipping_pays(const layer_builder & b) {
+    return !b.device || device_override() >= 0 || uint64_t(ggml_nelements(b.v)) >= DEVICE_SKIPPED_VALUES;
+}
+
 // The source's cells if they lie in the same cache view, else nullptr.
 static ggml_tensor * source_cells(const llm_graph_input_hylra & input, const ggml_tensor * q, const ggml_tensor * k, int il) {
     const int source = input.policy->layer_source[il];
@@ -329,7 +351,7 @@ static ggml_tensor * build(layer_builder & b, float kq_scale) {
         ggml_tensor * unused;
         return build_own(b, kq_scale, unused);
     }
-    if (mode == HYLRA_SELECT && b.policy.selects_sparsely(b.il, uint32_t(b.k->ne[1]))) {
+    if (mode == HYLRA_SELECT && b.policy.selects_sparsely(b.il, uint32_t(b.k->ne[1])) && skipping_pays(b)) {
         return build_own(b, kq_scale, b.input.cells[b.il]);
     }
     ggml_tensor * cells = mode == HYLRA_REUSE ? source_cells(b.input, b.q, b.k, b.il) : nullptr;
@@ -365,8 +387,14 @@ ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q,
     hylra_layer_state state = judge(input, graph, q, k, v, kq_mask, n_kv_max, il);
     ggml_tensor * out = nullptr;
     if (state == HYLRA_LAYER_SERVED) {
-        llama_hylra_want_kept_mask(kq_mask);
         const ggml_backend_dev_t device = place_of(k, v).device;
+        const uint32_t least = device ? device_min_context(k, v) : 0;
+        input.state.device_min_context = std::max(input.state.device_min_context, least);
+        if (k->ne[1] < least) {
+            input.layer_states[il] = state;
+            return nullptr;
+        }
+        llama_hylra_want_kept_mask(kq_mask);
         if (device && input.policy->layer_mode[il] == HYLRA_FULL) {
             input.layer_states[il] = state;
             return nullptr; // llama.cpp's own dense kernel is as good there
