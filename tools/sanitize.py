@@ -42,7 +42,7 @@ extern "C" int control(int at) {
     return values[at] + shared;
 }
 """
-TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "engine", "contexts", "layer_states", "graphs", "architectures", "life_cycle"))
+TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "engine", "contexts", "layer_states", "masks", "graphs", "architectures", "life_cycle"))
 LEFT_OUT = "not bit_identical and not smollm2 and not stock and not r1_with_all"
 # the same nodes as in a real selection, in two more arms; there the thread sanitizer takes ten times as long
 LEFT_OUT_OF = {"address": LEFT_OUT, "thread": f"{LEFT_OUT} and not covers_everything and not DeepSeek and not QwQ and not profile"}
