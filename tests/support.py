@@ -161,6 +161,13 @@ class Session:
         entries, n_batch = [(t, start + i, seq) for i, t in enumerate(tokens)], self.api.llama_n_batch(self.ctx)
         return np.concatenate([self.decode(entries[i : i + n_batch]) for i in range(0, len(entries), n_batch)])
 
+    def fill(self, n_cells: int, n_read: int) -> None:
+        """Sequence 0 with copies of a few tokens that are really read; the last sequence of the context carries them."""
+        from hylra_gguf.fill import fill_with_copies  # binds the engine, which scripts on stock llama.cpp do without
+
+        self.n_seq, self.is_recurrent = self.api.llama_n_seq_max(self.ctx) - 1, False  # what fill_with_copies asks a context for
+        assert fill_with_copies(self, random_tokens(n_read), n_cells)
+
     def steps(self, tokens, start, seq=0) -> np.ndarray:
         """One token at a time; [len(tokens), n_vocab]."""
         return np.concatenate([self.decode([(t, start + i, seq)]) for i, t in enumerate(tokens)])

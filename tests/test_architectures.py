@@ -18,7 +18,6 @@ from hylra_gguf import Llama, engine
 from hylra_gguf.cli import main
 from hylra_gguf.drift import measure_drift
 from hylra_gguf.errors import HylraError, PolicyError
-from hylra_gguf.fill import fill_with_copies
 from hylra_gguf.gguf_header import write_policy
 from hylra_gguf.plan import plan_policy
 from hylra_gguf.profile import Options, profile_model
@@ -170,8 +169,7 @@ def test_deepseek_r1_with_all_its_layers_and_heads(model, name):
     """1.2 GB of weights. Its cache is filled with copies: a prompt of 400 tokens would take minutes."""
     trace, logits, last = Trace(), {}, 400
     with Session(model(name), n_ctx=512, n_seq_max=2, n_threads=2, eval_callback=trace.callback) as s:
-        s.n_seq, s.is_recurrent = 1, False
-        assert fill_with_copies(s, random_tokens(16), last)
+        s.fill(last, 16)
         for arm, p in (("covering", policy_of(name, top_k=4096)), ("full", full_like(policy_of(name))), ("stock", None), ("real", policy_of(name))):
             engine.set_policy(s.ctx, p)
             s.rewind(last)

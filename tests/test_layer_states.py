@@ -12,7 +12,6 @@ from architectures import GATED, NORMS, Architecture, write_architecture
 from support import Session, full_like, policy, random_tokens
 
 from hylra_gguf import engine
-from hylra_gguf.fill import fill_with_copies
 
 engine.activate()
 NO_CACHE, SCRATCH, SOURCE = "attention without a KV cache", "the batch needs too much memory", "its source layer was not served"
@@ -40,8 +39,7 @@ def full_batch():
 def long_session(tmp_path_factory):
     path = write_architecture(tmp_path_factory.mktemp("states") / "deci.gguf", many_heads(), context=32768)
     with Session(path, n_ctx=N_CACHED + 500, n_seq_max=N_SEQ + 1, n_batch=512) as s:
-        s.n_seq = N_SEQ  # the next one takes the copies
-        assert fill_with_copies(s, random_tokens(256), N_CACHED)
+        s.fill(N_CACHED, 256)
         yield s
 
 

@@ -87,11 +87,13 @@ void check_list_of_layer(const llama_hylra_policy & p, const llama_hparams & hpa
     must(mode == HYLRA_FULL || (source >= 0 && source <= int32_t(il)), "a source that does not come before its layer");
     must(mode == HYLRA_FULL || source == int32_t(il) || p.layer_mode[source] == HYLRA_SELECT, "a source that is no select layer");
     must(mode == HYLRA_FULL || may_be_sparse(hparams, il), "a layer that cannot be served");
+    must(p.sparse_select.empty() || p.sparse_select[il] == 0 || (p.sparse_select[il] == 1 && mode == HYLRA_SELECT), "sparse, but no select layer");
     must(mode == HYLRA_FULL || p.lists == 1 || p.lists == hparams.n_head_kv(il), "a list per head that is not there");
     for (uint32_t n_kv : { 1u, 255u, 256u, 131072u, 1u << 30 }) {
         const uint32_t k = p.top_k_at(il, n_kv);
         const bool chooses = source == int32_t(il); // a select layer, or one that attends to its own cells
         must(k <= n_kv && (k > 0 || !chooses), "a budget outside the cache");
+        must(!p.selects_sparsely(il, n_kv) || k < n_kv, "a sparse select layer that selects every cell");
         must(!chooses || uint64_t(k) >= std::min<uint64_t>(n_kv, uint64_t(p.sink_tokens) + p.recent_tokens), "no room for sink and recent cells");
     }
 }
@@ -101,6 +103,7 @@ void check_accepted(const llama_hylra_policy & p, const llama_hparams & hparams)
     must(p.layer_count == hparams.n_layer() && p.layer_mode.size() == p.layer_count && p.layer_source.size() == p.layer_count, "a wrong number of layers");
     must(p.block_size >= 1 && p.block_size <= 128 && p.lists >= 1, "a wrong block size or number of lists");
     must(p.layer_top_k.empty() || p.layer_top_k.size() == p.layer_count, "budgets of other layers");
+    must(p.sparse_select.empty() || p.sparse_select.size() == p.layer_count, "sparse select layers of another model");
     must(p.head_map.empty() || p.head_map.size() == size_t(p.layer_count)*p.head_kv_count, "a head map of another size");
     for (int32_t head : p.head_map) {
         must(head >= 0 && head < int32_t(p.head_kv_count), "a head that is not there");
@@ -180,7 +183,7 @@ void set_key(gguf_context * metadata, bytes & in) {
     static const char * const KEYS[] = { "hylra.version", "hylra.enabled", "hylra.layer_count", "hylra.head_kv_count", "hylra.layer_mode",
         "hylra.layer_source", "hylra.head_map", "hylra.lists", "hylra.top_k", "hylra.layer_top_k", "hylra.top_k_fraction", "hylra.block_size",
         "hylra.sink_tokens", "hylra.recent_tokens", "hylra.min_context", "hylra.prefill", "hylra.theta", "hylra.measured.kld", "hylra.pad",
-        "hylra.colour", "hylra.\n\xff", "hylra.", "general.name" };
+        "hylra.colour", "hylra.\n\xff", "hylra.", "general.name", "hylra.sparse_select" };
     const uint8_t number = in.take<uint8_t>();
     const char * key = KEYS[number % std::size(KEYS)];
     switch (in.take<uint8_t>() % 10) {
@@ -253,12 +256,13 @@ void run_struct(bytes in, const llama_hparams & hparams) {
     p.top_k_fraction = arrays & 1 ? in.take<float>() : 0.0f;
     // arrays are as long as the struct says, if that is at all possible
     const size_t n = std::min<uint64_t>(p.layer_count, 512), n_map = std::min<uint64_t>(uint64_t(n)*p.head_kv_count, 4096);
-    std::vector<uint32_t> mode, top_k;
+    std::vector<uint32_t> mode, top_k, sparse;
     std::vector<int32_t> source, head_map;
     p.layer_mode   = arrays & 2 ? nullptr : take_array(in, mode, n);
     p.layer_source = arrays & 4 ? nullptr : take_array(in, source, n);
     p.layer_top_k  = arrays & 8 ? take_array(in, top_k, n) : nullptr;
     p.head_map     = arrays & 16 ? take_array(in, head_map, n_map) : nullptr;
+    p.sparse_select = arrays & 32 ? take_array(in, sparse, n) : nullptr;
     check_result(hylra_copy_policy(p, hparams), hparams, 2);
 }
 
