@@ -158,8 +158,8 @@ struct worker {
     void start(const block & first) {
         for (cache_side * side : { &k, &v }) {
             side->advance(first);
-            if (side == &v && job.scores_only) {
-                return;
+            if (!side->direct || (side == &v && job.scores_only)) {
+                continue; // copied rows are read when they are needed
             }
             for (int head_kv = 0; head_kv < (job.cells && job.attn.lists > 1 ? 1 : a.n_head_kv); ++head_kv) {
                 side->rows(first, 0, head_kv).fetch_next_all();
