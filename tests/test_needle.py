@@ -35,8 +35,8 @@ def test_the_default_policy_finds_the_needles(tmp_path, capsys):
     row = next(one for one in json.loads(RESULT.read_text())["rows"] if one["arm"] == "hylra")
     model = needle_model()
     policy_of(row).save(tmp_path / "default.json")
-    line = f"eval {model} -d 6000 --docs 1 --questions 20 --following 33 --time 0 --tasks single,facts,multikey --haystack noise,prose"
+    line = f"eval {model} -d 4608 --docs 1 --questions 12 --following 17 --time 0 --tasks single,facts,multikey --haystack noise"
     assert main([*line.split(), "--arms", "hylra", "--policy", str(tmp_path / "default.json"), "-o", "json", "--no-progress"]) == 0
     dense, hylra = json.loads(capsys.readouterr().out)["rows"]
-    assert hylra["sparse_steps"] > 0 and hylra["reads"] < 0.6
+    assert hylra["sparse_steps"] > 0 and hylra["reads"] < 0.8
     assert dense["score"] > 80 and hylra["score"] >= dense["score"] - 10
