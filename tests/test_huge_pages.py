@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from support import Session, write_tiny_model
+from support import write_tiny_model
 
-from hylra_gguf import engine
 from hylra_gguf.gguf_header import write_policy
 from hylra_gguf.policy import Policy
 
-engine.activate()
 N_CTX, LAYERS, ROW_BYTES = 16384, 4, 2 * 64 * 2  # F16, two KV heads of 64
 CACHE_BYTES = 2 * LAYERS * N_CTX * ROW_BYTES
 SYSTEM_HAS_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage").exists()
 
 
-def advised_bytes() -> int:
-    """Bytes of this process in mappings that asked for huge pages (flag hg of /proc/self/smaps)."""
+# In a process of its own: malloc hands memory that an earlier cache had advised to whatever comes next, so that the sum of a process that has
+# held other models changes by itself. Prints the bytes in mappings that asked for huge pages (flag hg of /proc/self/smaps).
+SCRIPT = """
+import sys
+from pathlib import Path
+from hylra_gguf import engine
+engine.activate()
+from support import Session
+
+def advised_bytes():
     total = size = 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if line.startswith("Size:"):
@@ -26,6 +35,10 @@ def advised_bytes() -> int:
         elif line.startswith("VmFlags:") and "hg" in line.split():
             total += size
     return total
+
+with Session(sys.argv[1], n_ctx=int(sys.argv[2]), overrides=eval(sys.argv[3])):
+    print(advised_bytes())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +54,9 @@ def model(tmp_path_factory):
     ("0", {}, False),
     ("1", {"hylra.enabled": False}, False),
 ])
-def test_cache_asks_for_huge_pages_only_with_a_policy(model, monkeypatch, environment, overrides, asks):
-    monkeypatch.setenv("HYLRA", environment)
-    before = advised_bytes()
-    with Session(model, n_ctx=N_CTX, overrides=overrides):
-        found = advised_bytes() - before
+def test_cache_asks_for_huge_pages_only_with_a_policy(model, environment, overrides, asks):
+    env = {**os.environ, "HYLRA": environment, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", SCRIPT, str(model), str(N_CTX), repr(overrides)], env=env, check=True, capture_output=True, text=True)
+    found = int(run.stdout)
     assert (found >= CACHE_BYTES - 4096) == (asks and SYSTEM_HAS_HUGE_PAGES)
     assert found == 0 or asks
