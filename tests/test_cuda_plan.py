@@ -49,11 +49,32 @@ int main() {
 """
 
 
-def compiled(tmp_path: Path, program: str) -> str:
+# The rule of what gains on a GPU: sizes, KV heads, streams, cells, override in; least cells and whether skipping V pays out
+RULE_PROGRAM = r"""
+#include "hylra-cuda-host.h"
+#include <cstdio>
+#include <cstdlib>
+int main(int, char ** argv) {
+    hylra_attn a = {};
+    a.n_embd_k = atoi(argv[1]), a.n_embd_v = atoi(argv[2]), a.n_head_kv = atoi(argv[3]), a.n_stream = atoi(argv[4]), a.n_kv = atoi(argv[5]);
+    printf("%u %d", hylra_cuda_min_context(a, hylra_cuda_override()), hylra_cuda_skipping_pays(a, hylra_cuda_override()));
+    return 0;
+}
+"""
+
+
+def compiled(tmp_path: Path, program: str, *options, arguments=(), env=None) -> str:
     source, binary = tmp_path / "program.cpp", tmp_path / "program"
     source.write_text(program)
-    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Wno-misleading-indentation", "-Werror", f"-I{SOURCES}", str(source), "-o", str(binary)], check=True)
-    return subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Wno-misleading-indentation", "-Werror", f"-I{SOURCES}", str(source), *options,
+                    "-o", str(binary)], check=True)
+    return subprocess.run([str(binary), *map(str, arguments)], check=True, capture_output=True, text=True, env=env).stdout
+
+
+def ggml_headers() -> Path:
+    found = next(ROOT.glob("build/*/llama.cpp/ggml/include"), None)
+    assert found, "build the engine first: its sources include ggml.h"
+    return found
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -61,13 +82,27 @@ def test_every_column_and_cell_has_its_place_in_every_shape(tmp_path):
     assert compiled(tmp_path, PROGRAM) == ""
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("shape, n_kv, override, expected", [
+    ((128, 128, 8, 1), 16384, None, "8192 1"),
+    ((128, 128, 8, 1), 8192, None, "8192 0"),   # 8M values of V: a second attend costs more than it saves
+    ((128, 128, 8, 4), 8192, None, "2048 1"),   # four streams share the cost of a launch
+    ((64, 64, 2, 1), 65536, None, "65536 0"),
+    ((576, 512, 1, 1), 65536, None, "61681 1"),  # MLA: 2^26 values
+    ((128, 128, 8, 1), 256, "0", "0 1"),
+    ((128, 128, 8, 1), 256, "300", "300 1"),
+])
+def test_from_which_length_on_a_layer_gains_on_a_gpu(tmp_path, shape, n_kv, override, expected):
+    env = {} if override is None else {"HYLRA_DEVICE_MIN_CONTEXT": override}
+    host = [str(SOURCES / "hylra-cuda-host.cpp"), f"-I{ggml_headers()}", "-ffunction-sections", "-Wl,--gc-sections"]  # without what asks ggml
+    assert compiled(tmp_path, RULE_PROGRAM, *host, arguments=(*shape, n_kv), env=env) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("source", ["hylra-cuda.cu", "hylra-cuda-select.cu", "hylra-cuda-choose.cu", "hylra-cuda-q8_0.cu"])
 def test_kernels_compile_for_turing_and_hopper(tmp_path, source):
     """A type stands for all: the kernels of one template. Continuous integration has no nvcc and skips this."""
-    ggml = next(ROOT.glob("build/*/llama.cpp/ggml/include"), None)
-    assert ggml, "build the engine first: the kernels include ggml.h"
     for arch in ("sm_75", "sm_90"):
-        subprocess.run(["nvcc", "-std=c++17", f"-arch={arch}", f"-I{SOURCES}", f"-I{ggml}", "-c", str(SOURCES / source), "-o", str(tmp_path / "k.o")],
+        subprocess.run(["nvcc", "-std=c++17", f"-arch={arch}", f"-I{SOURCES}", f"-I{ggml_headers()}", "-c", str(SOURCES / source), "-o", str(tmp_path / "k.o")],
                        check=True)

@@ -7,7 +7,16 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+
+// On a GPU a reuse layer takes its 10 us however short the cache is; llama.cpp's dense kernel takes twice that at 16M values of K and V
+// (8192 cells of 8 KV heads of 128), so that even with one select layer in three nothing is lost (docs/cuda.md).
+constexpr uint64_t WORTH_VALUES         = 1u << 24;
+// MLA: 62 us for a reuse layer of DeepSeek-R1's shape on an H100, where dense takes 34 us at 8192 cells and 105 us at 61440
+constexpr uint64_t WORTH_VALUES_MLA     = 1u << 26;
+constexpr int      LARGEST_PLAIN_HEAD   = 256;
+constexpr uint64_t WORTH_SKIPPED_VALUES = 12u << 20; // of V, that pay for the second attend of a select layer that skips them
 
 bool hylra_cuda_is_ours(ggml_backend_device * device) {
 #if defined(HYLRA_CUDA)
@@ -30,7 +39,7 @@ static bool is_aligned(int type, const uint64_t * nb) {
 
 bool hylra_cuda_fits(const hylra_attn & a, int lists) {
     const int largest = std::max(a.n_embd_k, a.n_embd_v);
-    const bool size_fits = largest <= 256 || (a.n_embd_k <= 576 && a.n_embd_v <= 512);
+    const bool size_fits = largest <= LARGEST_PLAIN_HEAD || (a.n_embd_k <= 576 && a.n_embd_v <= 512);
     return has_kernel(a.type_k) && a.type_k == a.type_v && size_fits && a.n_embd_k%8 == 0 && a.n_embd_v%8 == 0 &&
            is_aligned(a.type_k, a.k_nb) && is_aligned(a.type_v, a.v_nb) && a.n_head_kv <= HYLRA_CUDA_MAX_HEADS_KV &&
            a.n_tokens*a.n_stream <= HYLRA_CUDA_MAX_TOKENS && a.n_head_kv%lists == 0;
@@ -39,4 +48,19 @@ bool hylra_cuda_fits(const hylra_attn & a, int lists) {
 size_t hylra_cuda_floats(const hylra_attn & attn, int n_listed, bool listed, int select_lists, bool scores_only) {
     const hylra_cuda_plan plan = hylra_cuda_plan_of(attn, n_listed, listed, scores_only);
     return hylra_cuda_layout_of(attn, plan, select_lists).size/sizeof(float);
+}
+
+int64_t hylra_cuda_override() {
+    const char * value = getenv("HYLRA_DEVICE_MIN_CONTEXT");
+    return value && *value ? atoll(value) : -1;
+}
+
+uint32_t hylra_cuda_min_context(const hylra_attn & a, int64_t override_cells) {
+    const uint64_t values_per_cell = uint64_t(a.n_embd_k + a.n_embd_v)*a.n_head_kv*a.n_stream;
+    const uint64_t needed = a.n_embd_k > LARGEST_PLAIN_HEAD ? WORTH_VALUES_MLA : WORTH_VALUES;
+    return uint32_t(override_cells >= 0 ? override_cells : (needed + values_per_cell - 1)/values_per_cell);
+}
+
+bool hylra_cuda_skipping_pays(const hylra_attn & a, int64_t override_cells) {
+    return override_cells >= 0 || uint64_t(a.n_kv)*a.n_embd_v*a.n_head_kv*a.n_stream >= WORTH_SKIPPED_VALUES;
 }

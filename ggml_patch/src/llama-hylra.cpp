@@ -31,14 +31,6 @@ constexpr uint32_t KV_PADDING           = 256;        // llama_kv_cache::get_n_k
 constexpr int      EPOCH_PARAM          = 8;          // in op_params, behind ggml_custom_op_params
 constexpr uint32_t TOKENS_PER_SEQUENCE  = 8;          // drafts of speculative decoding; more tokens are a prefill
 
-// On a GPU a reuse layer takes its 10 us however short the cache is; llama.cpp's dense kernel takes twice that at 16M values of K and V
-// (8192 cells of 8 KV heads of 128), so that even with one select layer in three nothing is lost (docs/cuda.md).
-constexpr uint64_t DEVICE_VALUES         = 1u << 24;
-// MLA: 62 us for a reuse layer of DeepSeek-R1's shape on an H100, where dense takes 34 us at 8192 cells and 105 us at 61440
-constexpr uint64_t DEVICE_VALUES_MLA     = 1u << 26;
-constexpr int64_t  LARGEST_PLAIN_HEAD    = 256;
-constexpr uint64_t DEVICE_SKIPPED_VALUES = 12u << 20; // of V, that pay for the second attend of a select layer that skips them
-
 // ---- policy and state
 
 llama_hylra_policy_ptr llama_hylra_load(const llama_model_loader & ml, const llama_hparams & hparams) {
@@ -128,6 +120,7 @@ public:
     llama_hylra_context & state;
     const llama_hylra_policy_ptr policy; // kept alive for the graph's nodes
     const uint32_t epoch;
+    const int64_t device_override = hylra_cuda_override();
     const llama_kv_cache * kv; // lives as long as the context; the memory context of a batch does not outlive it, this graph may
 
     bool     decode_sized  = false; // this batch is one that the policy speaks of
@@ -295,23 +288,6 @@ struct layer_builder {
     }
 };
 
-// The environment variable HYLRA_DEVICE_MIN_CONTEXT: cells from which on graphs run sparse on a GPU; -1: not set
-static int64_t device_override() {
-    const char * value = getenv("HYLRA_DEVICE_MIN_CONTEXT");
-    return value && *value ? atoll(value) : -1;
-}
-
-// Cells from which on a layer is faster than llama.cpp's on a GPU
-static uint32_t device_min_context(const ggml_tensor * k, const ggml_tensor * v) {
-    const uint64_t values_per_cell = uint64_t(k->ne[0] + v->ne[0])*k->ne[2]*k->ne[3];
-    const uint64_t needed = k->ne[0] > LARGEST_PLAIN_HEAD ? DEVICE_VALUES_MLA : DEVICE_VALUES;
-    return uint32_t(device_override() >= 0 ? device_override() : (needed + values_per_cell - 1)/values_per_cell);
-}
-
-static bool skipping_pays(const layer_builder & b) {
-    return !b.device || device_override() >= 0 || uint64_t(ggml_nelements(b.v)) >= DEVICE_SKIPPED_VALUES;
-}
-
 // The source's cells if they lie in the same cache view, else nullptr.
 static ggml_tensor * source_cells(const llm_graph_input_hylra & input, const ggml_tensor * q, const ggml_tensor * k, int il) {
     const int source = input.policy->layer_source[il];
@@ -320,8 +296,16 @@ static ggml_tensor * source_cells(const llm_graph_input_hylra & input, const ggm
     return fits ? cells : nullptr;
 }
 
+static hylra_attn shapes_of(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) {
+    return hylra_attn_of(q, k, v, nullptr, nullptr);
+}
+
+static bool skipping_pays(const layer_builder & b) {
+    return hylra_cuda_skipping_pays(shapes_of(b.q, b.k, b.v), b.input.device_override);
+}
+
 static bool fits_device(const llm_graph_input_hylra & input, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) {
-    return hylra_cuda_fits(hylra_attn_of(q, k, v, nullptr, nullptr), int(input.policy->lists));
+    return hylra_cuda_fits(shapes_of(q, k, v), int(input.policy->lists));
 }
 
 // SERVED, or why the layer stays llama.cpp's.
@@ -355,7 +339,7 @@ static ggml_tensor * build(layer_builder & b, float kq_scale) {
         ggml_tensor * unused;
         return build_own(b, kq_scale, unused);
     }
-    if (mode == HYLRA_SELECT && b.policy.selects_sparsely(b.il, uint32_t(b.k->ne[1])) && skipping_pays(b)) {
+    if (mode == HYLRA_SELECT && b.policy.selects_sparsely(b.il, uint32_t(b.k->ne[1])) && (!b.device || skipping_pays(b))) {
         return build_own(b, kq_scale, b.input.cells[b.il]);
     }
     ggml_tensor * cells = mode == HYLRA_REUSE ? source_cells(b.input, b.q, b.k, b.il) : nullptr;
@@ -392,7 +376,7 @@ ggml_tensor * llama_hylra_attn(const llm_graph_context & graph, ggml_tensor * q,
     ggml_tensor * out = nullptr;
     if (state == HYLRA_LAYER_SERVED) {
         const ggml_backend_dev_t device = place_of(k, v).device;
-        const uint32_t least = device ? device_min_context(k, v) : 0;
+        const uint32_t least = device ? hylra_cuda_min_context(shapes_of(q, k, v), input.device_override) : 0;
         input.state.device_min_context = std::max(input.state.device_min_context, least);
         if (k->ne[1] < least) {
             input.layer_states[il] = state;
