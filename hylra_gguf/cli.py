@@ -265,7 +265,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--docs", type=count(1), metavar="N", default=8, help="documents per length (default 8)")
     parser.add_argument("--questions", type=count(0), metavar="N", default=200, help="questions per length (default 200)")
     parser.add_argument("--following", type=count(0), metavar="N", default=256, help="tokens of text predicted per document (default 256)")
-    parser.add_argument("--generate", type=count(0), metavar="N", default=0, help="tokens of free text per document (default 0)")
+    parser.add_argument("--generate", type=count(0), metavar="N", default=0, help="tokens of each free text, four per document (default 0)")
     parser.add_argument("--time", type=count(0), metavar="N", default=8, help="decode steps timed per document and arm (default 8)")
     parser.add_argument("--tasks", type=list_of(one_of(TASKS)), metavar="LIST", default=list(TASKS[:7]),
                         help=f"{','.join(TASKS)} (default all but the last two, which need documents of their own)")

@@ -31,7 +31,12 @@ from .profile_data import Profile
 from .session import Context, Model
 
 PROMPT_ROOM_TOKENS = 160  # a question with its chat tokens; more than any of eval_tasks has
-LONG_REQUEST = "Summarise the text above in detail, topic by topic."
+LONG_REQUESTS = (
+    "Summarise the text above in detail, topic by topic.",
+    "Explain to a friend what the text above is about.",
+    "List the most important points of the text above, one sentence each.",
+    "Write a letter to the author of the text above and say what you think of it.",
+)
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,14 @@ class Examiner:
         tokenize = eval_documents.plain(self.model)
         prompts = [self.chat.ask(tokenize, question.text) for question in document.questions]
         taught = [tokenize(question.reference) for question in document.questions]
-        long_prompt = self.chat.ask(tokenize, LONG_REQUEST)
+        long_prompts = [self.chat.ask(tokenize, request) for request in LONG_REQUESTS if self.args.generate]
         reference = Reference(len(document.following), self.model.n_vocab)
         sittings: dict[str, Sitting] = {}
         for arm in self.arms:
             dense = sittings.get(DENSE)  # what the dense arm has answered is the best guess for the others
             sittings[arm.name] = eval_arms.sit(
-                arm, self.contexts[arm.cache], document, prompts, dense.answers if dense else taught, long_prompt,
-                dense.long if dense else [], reference, n_long=self.args.generate, n_timed=self.args.time)
+                arm, self.contexts[arm.cache], document, prompts, dense.answers if dense else taught, long_prompts,
+                dense.long if dense else [[] for _ in long_prompts], reference, n_long=self.args.generate, n_timed=self.args.time)
         reference.close()
         return Record(depth, document, sittings, self.score(document, sittings))
 

@@ -52,7 +52,7 @@ class Sitting:
     same_top: np.ndarray
     change: np.ndarray
     answers: list[list[int]] = field(default_factory=list)
-    long: list[int] = field(default_factory=list)
+    long: list[list[int]] = field(default_factory=list)  # free text per request
     mass: dict[int, float] = field(default_factory=dict)  # captured mass per select layer
     sparse_steps: int = 0
     step_ns: float = 0.0  # of one decode step; 0: not measured
@@ -171,15 +171,14 @@ def verified(context: Context, pos: int, out: list[int], ahead: list[int], max_t
 # -- a sitting --------------------------------------------------------------------------------------------------------
 
 
-def sit(arm: Arm, context: Context, document, prompts: list[list[int]], guesses: list[list[int]], long_prompt: list[int], long_guess: list[int],
-        reference: Reference, *, n_long: int, n_timed: int) -> Sitting:
+def sit(arm: Arm, context: Context, document, prompts: list[list[int]], guesses: list[list[int]], long_prompts: list[list[int]],
+        long_guesses: list[list[int]], reference: Reference, *, n_long: int, n_timed: int) -> Sitting:
     """The cache holds the document. guesses: what each answer may be."""
     start = len(document.tokens)
     engine.set_policy(context.ctx, arm.policy)
     out = teacher_forced(context, start, document.following, reference, arm.name == DENSE)
     out.answers = [greedy(context, start, prompt, guess, MAX_ANSWER_TOKENS) for prompt, guess in zip(prompts, guesses)]
-    if n_long:
-        out.long = greedy(context, start, long_prompt, long_guess, n_long)
+    out.long = [greedy(context, start, prompt, guess, n_long) for prompt, guess in zip(long_prompts, long_guesses)]
     status = engine.status(context.ctx)
     out.mass, out.sparse_steps = status["captured_mass"], status["sparse_steps"]
     if n_timed:

@@ -44,7 +44,7 @@ def row(arm: Arm, depth: int, records: list, long_limit: int) -> dict:
                                        [s for one in records for s in one.scores[DENSE]]))
         out["by_kind"] = by_kind(arm.name, records)
     if long_limit:
-        pairs = [(a.long, b.long) for a, b in zip(sittings, dense)]
+        pairs = [pair for a, b in zip(sittings, dense) for pair in zip(a.long, b.long)]
         out.update(eval_stats.long_row([len(a) for a, _ in pairs], [len(b) for _, b in pairs],
                                        [eval_stats.leading_equal(a, b) for a, b in pairs], long_limit))
     out["verdict"] = worst(out.get("ppl_verdict"), out.get("score_verdict"))

@@ -83,13 +83,21 @@ def task_row(scores: list[float], dense: list[float]) -> dict:
 
 
 def long_row(lengths: list[int], dense_lengths: list[int], same: list[int], limit: int) -> dict:
-    """Generation beyond answers: tokens until it first differs from dense greedy text, and its length over dense length where both end."""
+    """Generation beyond answers: tokens until it first differs from dense greedy text, and its length over dense length where both end.
+    length_ratio is the sum of the lengths over that of dense, with the interval of a ratio estimator (residuals a - ratio b)."""
     ended = [(a, b) for a, b in zip(lengths, dense_lengths) if a < limit and b < limit and b]
     return {
         "n_long": len(lengths), "same_tokens": round(float(np.mean(same)), 1),
-        "length_ratio": round(sum(a for a, _ in ended) / sum(b for _, b in ended), 4) if ended else None,
-        "n_both_ended": len(ended),
+        **(ratio_of_sums(*np.array(ended, float).T) if ended else {"length_ratio": None}),
+        "n_both_ended": len(ended), "n_ended": sum(a < limit for a in lengths), "n_ended_dense": sum(b < limit for b in dense_lengths),
     }
+
+
+def ratio_of_sums(lengths: np.ndarray, dense_lengths: np.ndarray) -> dict:
+    """length_ratio of paired lengths, all above 0 in dense"""
+    ratio = lengths.sum() / dense_lengths.sum()
+    _, low, high = mean_interval((lengths - ratio * dense_lengths) / dense_lengths.mean())
+    return named("length_ratio", (ratio, ratio + low, ratio + high), 4)
 
 
 def named(name: str, triple, digits: int) -> dict:

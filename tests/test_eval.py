@@ -181,7 +181,7 @@ def test_the_whole_command(own, tmp_path, capsys, monkeypatch):
     assert list(rows) == ["dense", "stock-fa1", "kv-q8_0", "hylra"] and len(result["questions"]) == 4
     assert rows["dense"]["mean_kld"] == 0 < rows["stock-fa1"]["mean_kld"] < rows["hylra"]["mean_kld"]
     assert rows["hylra"]["sparse_steps"] > 0 == rows["stock-fa1"]["sparse_steps"] and rows["hylra"]["reads"] < 0.3
-    assert all(row["n_tokens"] == 39 and row["n_questions"] == 4 and row["n_long"] == 1 and row["speedup"] for row in rows.values())
+    assert all(row["n_tokens"] == 39 and row["n_questions"] == 4 and row["n_long"] == len(eval_command.LONG_REQUESTS) == 4 and row["speedup"] for row in rows.values())
     assert "too wide" in result["verdict"] and "--docs 2 --questions 8" in result["next"]
     assert sorted(file.name for file in (tmp_path / "png").iterdir()) == ["frontier-600.png", "kld-depth.png", "needle-grid.png"]
     measured = read_policy(path).measured

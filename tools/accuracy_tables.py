@@ -126,11 +126,18 @@ def kinds(results: list) -> str:
     return markdown(("length", "arm", *names), lines)
 
 
+def length_ratio(row: dict) -> str:
+    if row["length_ratio"] is None:
+        return ""
+    low, high = row.get("length_ratio_low"), row.get("length_ratio_high")
+    return f"{row['length_ratio']:.3f}" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
+
+
 def long(results: list) -> str:
     """Free text: tokens until it leaves dense greedy text, and its length where both end"""
-    head = ("length", "arm", "documents", "tokens like dense", "length against dense", "both ended")
+    head = ("length", "arm", "texts", "tokens like dense", "length against dense", "both ended")
     return markdown(head, [[str(row["n_depth"]), label(row), str(row["n_long"]), f"{row['same_tokens']:.1f}",
-                            "" if row["length_ratio"] is None else f"{row['length_ratio']:.3f}", str(row["n_both_ended"])]
+                            length_ratio(row), str(row["n_both_ended"])]
                            for row in rows_of(results) if row.get("n_long") and row["arm"] != "dense"])
 
 
