@@ -11,6 +11,7 @@ SOURCES := $(shell find ggml_patch hylra_gguf cmake -type f -not -path '*/lib/*'
 demo: $(VENV)/installed
 	$(BIN)/python -m hylra_gguf.demo
 
+# stamps are older than the build they stand for: a source that changes meanwhile is built again
 # HYLRA_STOCK_LIB: the unpatched build of the same source, against which the tests compare bit for bit
 test: $(VENV)/installed-with-stock
 	HYLRA_STOCK_LIB="$$(echo $(CURDIR)/build/*/stock)" $(BIN)/pytest
@@ -21,12 +22,15 @@ $(VENV)/bindings:
 	touch $@
 
 $(VENV)/installed: $(VENV)/bindings $(SOURCES)
+	touch $@.begun
 	$(BIN)/python -m pip install --quiet ".[test]"
-	touch $@
+	mv $@.begun $@
 
 $(VENV)/installed-with-stock: $(VENV)/bindings $(SOURCES)
+	touch $@.begun
 	$(BIN)/python -m pip install --quiet ".[test]" -C cmake.define.HYLRA_BUILD_STOCK=ON -C "build.targets=hylra;llama-stock"
-	touch $@ $(VENV)/installed
+	mv $@.begun $@
+	touch -r $@ $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build
