@@ -15,7 +15,7 @@ import numpy as np
 from . import importers, strategies
 from .errors import PolicyError
 from .flags import OWN, PLAN_FLAGS, REFINE_FLAGS, check_strategy_flags, flag
-from .policy import FULL, REUSE, SELECT, Policy
+from .policy import FULL, REUSE, SELECT, Policy, ranges
 from .profile_data import Profile, tool_version
 from .solver import NO_SOURCE, Plan, Problem
 
@@ -220,17 +220,6 @@ def summary(sources: list[int], matrix: np.ndarray, ks: dict[int, int], top_k: i
 def tool_line(strategy: str, own: dict, plan: Plan) -> str:
     numbers = "".join(f" --{name} {own[name]}" for name in ("count", "n", "seed") if name in own)
     return f"{tool_version()}, strategy {strategy}{numbers}" + ("" if plan.proven else ", not proven to be the best: out of time")
-
-
-def ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2 5"; "none" for no layers"""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return " ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else " ".join(map(str, p)) for p in parts) or "none"
 
 
 # -- command ----------------------------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ class Policy:
         rows = [
             ("layers", f"{self.layer_count}: {self.one_line().split(';')[0]}; {self.head_kv_count} KV heads"),
             ("layer map", " ".join(self.layer_map()[at:at + 10] for at in range(0, self.layer_count, 10))),
-            ("sparse select", _ranges([layer for layer, sparse in enumerate(self.sparse_select or ()) if sparse])),
+            ("sparse select", self._sparse_selects()),
             ("reuse", self._spans() or "none"),
             ("lists", ("one per layer" if self.lists == 1 else "one per KV head") + (", with a head map" if self.head_map else "")),
             ("top_k", f"{self.top_k} {unit} = {self.sink_tokens} sink + {self.recent_tokens} recent + {best} best{share}"),
@@ -296,12 +296,16 @@ class Policy:
         ]
         return [(name, text.replace("|", "\\|")) for name, text in rows if text]
 
+    def _sparse_selects(self) -> str:
+        layers = [layer for layer, sparse in enumerate(self.sparse_select or ()) if sparse]
+        return ranges(layers) if layers else ""
+
     def _budgets(self) -> str:
         """The select layers of each budget, "512: 3 9, 1024: 0"."""
         by_cells: Dict[int, list[int]] = {}
         for layer, cells in enumerate(self.layer_top_k or ()):
             by_cells.setdefault(cells, []).append(layer)
-        return ", ".join(f"{cells}: {_ranges(layers)}" for cells, layers in sorted(by_cells.items()) if cells)
+        return ", ".join(f"{cells}: {ranges(layers)}" for cells, layers in sorted(by_cells.items()) if cells)
 
     def _spans(self) -> str:
         """Every select layer with the layers that reuse its cells, "3 > 4-13"."""
@@ -309,7 +313,7 @@ class Policy:
         for layer, (mode, source) in enumerate(zip(self.layer_mode, self.layer_source)):
             if mode == REUSE:
                 fed.setdefault(source, []).append(layer)
-        return ", ".join(f"{source} > {_ranges(layers)}" for source, layers in sorted(fed.items()))
+        return ", ".join(f"{source} > {ranges(layers)}" for source, layers in sorted(fed.items()))
 
 
 def read_policy(model_path: Path) -> Optional[Policy]:
@@ -412,8 +416,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Dict[str, Any]:
     return dict(pairs)
 
 
-def _ranges(layers: list[int]) -> str:
-    """[1, 2, 3, 7] as "1-3 7"."""
-    starts = [layer for layer in layers if layer - 1 not in layers]
-    ends = [layer for layer in layers if layer + 1 not in layers]
-    return " ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends))
+def ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2 5"; "none" for no layers"""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return " ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else " ".join(map(str, p)) for p in parts) or "none"

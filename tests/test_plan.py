@@ -76,11 +76,6 @@ def test_top_k_defaults_to_the_largest_profiled_up_to_2048(asked, chosen):
     assert plan.plan_policy(make_profile(line(4), top_k=(512, 2048, 4096))).top_k == 2048
 
 
-@pytest.mark.parametrize("layers, text", [([], "none"), ([0], "0"), ([0, 1], "0 1"), ([0, 1, 2, 5, 7, 8, 9], "0-2 5 7-9")])
-def test_ranges(layers, text):
-    assert plan.ranges(layers) == text
-
-
 @pytest.mark.parametrize("options, words", [
     ({"theta": math.nan}, "--theta nan"),
     ({"theta": 0.0}, "--theta 0.0"),

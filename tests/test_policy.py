@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hylra_gguf.errors import HylraError, PolicyError
-from hylra_gguf.policy import FULL, REUSE, SELECT, Policy
+from hylra_gguf.policy import FULL, REUSE, SELECT, Policy, ranges
 
 PLAIN = dict(layer_mode=(1, 2, 0, 1, 2, 2), layer_source=(0, 0, -1, 3, 3, 0), head_kv_count=2)
 MEASURED = {"kld": 0.005, "speedup_8192": 2.5, "model_sha256": "0f" * 32}
@@ -37,7 +37,7 @@ def test_sparse_select_layers_survive_json_and_gguf_and_are_shown():
     policy = Policy(**SPARSE)
     assert policy.to_gguf()["hylra.sparse_select"] == ("u32[]", [1, 0, 0, 0, 0, 0])
     assert Policy.from_gguf_kv(policy.to_gguf()) == Policy.from_dict(json.loads(policy.to_json())) == policy
-    assert "| sparse select | 0 " in policy.describe() and "sparse select" not in Policy(**PLAIN).describe()
+    assert "| sparse select | 0 " in policy.describe() and all("sparse select" not in Policy(**{**PLAIN, "sparse_select": none}).describe() for none in (None, (0,) * 6))
 
 
 @pytest.mark.parametrize("n_kv, cells, saved", [(8192, [1024], 0.375), (2049, [1024], 0.5 - 1024 / 2049), (2048, [], 0)])
@@ -261,6 +261,16 @@ def test_layer_map_and_summary():
     assert "| HyLRA       | on from 4096 cached tokens |" in policy.describe()
     assert "0 > 1 5, 3 > 4" in policy.describe()
     assert "| HyLRA       | off: hylra.enabled is false |" in Policy(**RICH).describe()
+
+
+@pytest.mark.parametrize("layers, text", [([], "none"), ([0], "0"), ([0, 1], "0 1"), ([0, 1, 2, 5, 7, 8, 9], "0-2 5 7-9")])
+def test_ranges(layers, text):
+    assert ranges(layers) == text
+
+
+def test_the_plan_and_what_is_shown_of_it_write_layers_the_same_way():
+    policy = Policy((1, 2, 2, 1, 2, 1), (0, 0, 0, 3, 3, 5), 2, sparse_select=(1, 0, 0, 1, 0, 1))
+    assert "| 0 > 1 2, 3 > 4 " in policy.describe() and "| sparse select | 0 3 5 " in policy.describe()
 
 
 @pytest.mark.parametrize("changes, n_kv, expected", [
