@@ -161,6 +161,11 @@ def test_dense_layers_attend_to_their_own_selection_unless_they_are_sensitive(fl
     assert (policy.layer_map(), policy.sparse_select) == (layers, sparse)
 
 
+@pytest.mark.parametrize("bound, calm", [(0.1, [True, True, False, False]), (math.inf, [True, True, True, False]), (-math.inf, [False] * 4)])
+def test_a_layer_that_was_not_measured_is_never_calm(bound, calm):
+    assert plan.calm_layers([0.0, 0.1, 0.2, math.nan], bound).tolist() == calm
+
+
 def test_importance_decides_which_layers_reuse():
     similarity = np.zeros((3, 3))
     similarity[0, 1], similarity[0, 2] = 0.8, 0.7
