@@ -125,8 +125,9 @@ def work_of(policy: Policy, eligible: Sequence[bool], depth: float) -> list[floa
     """What t0, dense, select, sparse and reuse are multiplied by in a step"""
     sparse = policy.sparse_select_cells(depth)
     selects = policy.layer_mode.count(SELECT) - len(sparse)
-    dense = sum(eligible) - policy.layer_mode.count(REUSE) - len(sparse)
-    gathered = sum(sparse) + sum(min(cells, depth) for cells in policy.reuse_cells(depth))
+    given = policy.reuse_cells(depth)
+    dense = sum(eligible) - len(given) - len(sparse)  # as in Policy.reads_saved, a reuse layer that is its own source counts here
+    gathered = sum(sparse) + sum(min(cells, depth) for cells in given)
     return [1, dense * depth, selects * depth, len(sparse) * depth, gathered]
 
 

@@ -244,7 +244,10 @@ class Policy:
         return f"{counts['F']} full, {counts['S']} select, {counts['R']} reuse; top_k {self.top_k}; {state}"
 
     def reads_saved(self, n_kv: int) -> float:
-        """Share of the K and V rows of a dense step that a decode step over `n_kv` cells leaves unread."""
+        """Share of the K and V rows of a dense step that a decode step over `n_kv` cells leaves unread.
+
+        A reuse layer that is its own source is there for comparison and scores every K: it counts as dense, as docs/accuracy.md says.
+        """
         if not self.enabled or n_kv < max(self.min_context, 1):
             return 0.0
         saved = sum(1 - min(n_kv, cells) / n_kv for cells in self.reuse_cells(n_kv))

@@ -282,9 +282,10 @@ def test_the_plan_and_what_is_shown_of_it_write_layers_the_same_way():
     (dict(min_context=0), 1000, 0.0),
     (dict(min_context=0), 0, 0.0),
     (dict(enabled=False), 16384, 0.0),
+    (dict(layer_source=(0, 0, -1, 3, 4, 0)), 16384, 2 / 6 * (1 - 2048 / 16384)),  # layer 4 is its own source
 ])
 def test_reads_saved(changes, n_kv, expected):
-    assert Policy(**PLAIN, **changes).reads_saved(n_kv) == pytest.approx(expected)
+    assert Policy(**{**PLAIN, **changes}).reads_saved(n_kv) == pytest.approx(expected)
 
 
 LINE = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=20)
