@@ -17,6 +17,7 @@ from gguf.quants import dequantize
 from support import Session, full_like, policy, random_tokens, silence, write_tiny_model
 
 from hylra_gguf import engine
+from hylra_gguf.bench import gpu_names
 from hylra_gguf.session import Model
 from hylra_gguf.texts import calibration_text
 
@@ -26,14 +27,13 @@ silence(api)
 
 
 def gpu_count() -> int:
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return len(gpu_names())
 
 
 def has_gpu() -> bool:
     return gpu_count() > 0 and bool(api.llama_supports_gpu_offload())
 
 
-os.environ["HYLRA_DEVICE_MIN_CONTEXT"] = "0"  # the tiny model's caches are too short to gain on a GPU
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="no CUDA device, or a library without CUDA")
 
 N_PAST, N_STEPS, ON_GPU = 700, 12, dict(n_gpu_layers=99)
@@ -71,6 +71,12 @@ def assert_close(gpu, cpu, dense, apart=0.0):
     """Matrix products differ too (TF32 on a GPU), and this model is sharp: what counts is the error beside what the policy itself changes
     and, for quantised caches, beside how far apart dense predictions of the two backends are."""
     assert divergence(gpu, cpu) < max(1e-4, divergence(cpu, dense) / 20, 2 * apart)
+
+
+@pytest.fixture(autouse=True)
+def caches_of_any_length(monkeypatch):
+    """The tiny model's are too short to gain on a GPU."""
+    monkeypatch.setenv("HYLRA_DEVICE_MIN_CONTEXT", "0")
 
 
 @pytest.fixture(scope="module")
