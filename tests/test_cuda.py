@@ -7,7 +7,6 @@ without a GPU is in test_kernels.py (radix selection), test_cuda_plan.py (launch
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 
 import gguf
@@ -262,12 +261,11 @@ def f32_copy(model: str, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real_models(tmp_path_factory):
-    model = os.environ["HYLRA_TEST_MODEL"]
+def real_models(needle_model, tmp_path_factory):
+    model = str(needle_model)
     return {"as it is": model, "F32": str(f32_copy(model, tmp_path_factory.mktemp("f32") / "f32.gguf"))}
 
 
-@pytest.mark.skipif(not os.environ.get("HYLRA_TEST_MODEL"), reason="HYLRA_TEST_MODEL names no model file")
 @pytest.mark.parametrize("depth", [1500, 6000])
 @pytest.mark.parametrize("weights", ["as it is", "F32"])
 def test_a_real_model(real_models, weights, depth):
