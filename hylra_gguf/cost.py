@@ -165,7 +165,8 @@ def with_selects(full: Policy, able: list[int], selects: list[int]) -> Policy:
 
 
 def measure(model_path: str, profile: Profile, threads: int | None, report=lambda line: None) -> CostModel:
-    """Some ten seconds for a small model: six arms at DEPTHS_TOKENS, on a cache that is mostly copies of a few hundred tokens.
+    """Some ten seconds for a small model: six arms at DEPTHS_TOKENS, on a cache that is mostly copies of a few hundred tokens;
+    minutes where text must be read instead (recurrent layers).
 
     Raises ProfileError if the model is not the one of the profile.
     """
@@ -180,7 +181,7 @@ def measure(model_path: str, profile: Profile, threads: int | None, report=lambd
                     for on in (True, False)}
         for context in contexts.values():
             engine.set_policy(context.ctx, None)
-            fill(context, tokens, deepest, synthetic=True)
+            fill(context, tokens, deepest, synthetic=True, rewinds=DEPTHS_TOKENS)
         for depth in sorted(DEPTHS_TOKENS, reverse=True):
             report(f"cost: timing {len(arms)} arms at {depth} tokens")
             points += [(arm.name, arm.policy, depth, seconds) for arm, seconds in timed(arms, contexts, tokens[:STEPS + 1], depth)]

@@ -14,6 +14,7 @@ from hylra_gguf.cost import CostModel
 from hylra_gguf.errors import HylraError
 from hylra_gguf.policy import Policy
 from hylra_gguf.profile_data import model_identity
+from architectures import ARCHITECTURES, write_architecture
 from profiles import make_profile
 from support import write_tiny_model
 from test_plan import GEMMA, line
@@ -151,3 +152,14 @@ def test_the_measurement_on_a_tiny_model_gives_a_cost_model_of_it(tmp_path, monk
     path = str(write_tiny_model(tmp_path / "tiny.gguf"))
     found = cost.measure(path, make_profile(line(4), identity=model_identity(path)), 1)
     assert found.layer_count == 4 and set(found.stock) == {"stock-fa1", "stock-fa0"} and found.stock_s(600) > 0
+
+
+@pytest.mark.parametrize("name", ["lfm2 (hybrid)", "jamba (hybrid)", "falcon-h1 (attention beside Mamba)"])
+def test_models_with_recurrent_layers_are_measured_too(name, tmp_path, monkeypatch):
+    """Their state has no past: the measurement keeps it at every depth that it goes back to."""
+    monkeypatch.setattr(cost, "DEPTHS_TOKENS", (300, 600))
+    a = ARCHITECTURES[name]
+    path, able = str(write_architecture(tmp_path / "m.gguf", a)), [kind == "a" for kind in a.layers]
+    profile = make_profile(line(len(able)), able, heads=a.head_kv_count, identity=model_identity(path))
+    found = cost.measure(path, profile, 1)
+    assert found.layer_count == sum(able) and found.policy_s(cost.probes(profile)["full"], able, 600) > 0
