@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
-import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple, Union
 
-import numpy as np
-
 from .errors import PolicyError, plain_os_errors
 from .files import replacing
 from .gguf_header import PAD_KEY, PREFIX, Path, Typed, read_header
+from .policy_values import MEASURED, SCHEMA_VERSION, TYPES, check_version, gguf_type, measured_value, no_duplicates, short, typed
 
 FULL, SELECT, REUSE = 0, 1, 2
-SCHEMA_VERSION = 1
 MODE_LETTERS = "FSR"
 
-# the field's name is its key in JSON and, behind "hylra.", in GGUF
-_TYPES = {
-    "version": "u32", "enabled": "bool", "layer_count": "u32", "head_kv_count": "u32",
-    "layer_mode": "u32[]", "layer_source": "i32[]", "lists": "u32", "head_map": "i32[]",
-    "top_k": "u32", "top_k_fraction": "f32", "layer_top_k": "u32[]", "sparse_select": "u32[]", "block_size": "u32", "sink_tokens": "u32", "recent_tokens": "u32",
-    "min_context": "u32", "prefill": "u32", "summary": "string", "tool": "string", "calibration": "string",
-    "theta": "f32", "similarity": "string", "sensitivity": "f32[]", "overlap": "f32[]",
-}
 _REQUIRED = ("version", "layer_count", "head_kv_count", "layer_mode", "layer_source")
 _OPTIONAL = ("head_map", "top_k_fraction", "layer_top_k", "sparse_select", "theta", "sensitivity", "overlap")
-_MEASURED = "measured."
-_TEXT_MEASURED = "model_sha256"
-_MAX_TEXT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -68,12 +52,12 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Every value takes the type that GGUF stores, floats single precision, so that a policy equals what a file gives back."""
-        for key, kind in _TYPES.items():
+        for key, kind in TYPES.items():
             if key != "layer_count" and not (key in _OPTIONAL and getattr(self, key) is None):
-                object.__setattr__(self, key, _typed(key, kind, getattr(self, key)))
+                object.__setattr__(self, key, typed(key, kind, getattr(self, key)))
         if not isinstance(self.measured, dict):
-            raise PolicyError(f"measured is {_short(self.measured)}, expected names with values")
-        object.__setattr__(self, "measured", {key: _measured(key, value) for key, value in self.measured.items()})
+            raise PolicyError(f"measured is {short(self.measured)}, expected names with values")
+        object.__setattr__(self, "measured", {key: measured_value(key, value) for key, value in self.measured.items()})
         self.validate()
 
     @property
@@ -95,7 +79,7 @@ class Policy:
             self._check_layer(layer)
 
     def _check_scalars(self) -> None:
-        _check_version(self.version)
+        check_version(self.version)
         size = self.block_size
         for key, good, expected in (
             ("head_kv_count", self.head_kv_count >= 1, "at least 1"),
@@ -164,47 +148,47 @@ class Policy:
 
     def to_dict(self) -> Dict[str, Any]:
         """The JSON form: the GGUF keys without `hylra.`; what is not set is left out."""
-        values = {key: getattr(self, key) for key in _TYPES}
-        measured = {_MEASURED + key: value for key, value in self.measured.items()}
+        values = {key: getattr(self, key) for key in TYPES}
+        measured = {MEASURED + key: value for key, value in self.measured.items()}
         values = {key: value for key, value in {**values, **measured}.items() if value not in (None, "")}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> Policy:
         if not isinstance(values, dict):
-            raise PolicyError(f"a policy is an object of keys and values, found {_short(values)}")
+            raise PolicyError(f"a policy is an object of keys and values, found {short(values)}")
         if "version" in values:
-            _check_version(_typed("version", "u32", values["version"]))  # first: a newer version may have other keys
+            check_version(typed("version", "u32", values["version"]))  # first: a newer version may have other keys
         for key in _REQUIRED:
             if key not in values:
                 raise PolicyError(f"key {key} is missing; write the policy again with hylra-gguf plan")
-        own = {key: value for key, value in values.items() if key in _TYPES}
-        rest = {key: value for key, value in values.items() if key not in _TYPES}
+        own = {key: value for key, value in values.items() if key in TYPES}
+        rest = {key: value for key, value in values.items() if key not in TYPES}
         for key in rest:
-            if not str(key).startswith(_MEASURED):
-                raise PolicyError(f"key {_short(key)} is not known in version {SCHEMA_VERSION}; "
+            if not str(key).startswith(MEASURED):
+                raise PolicyError(f"key {short(key)} is not known in version {SCHEMA_VERSION}; "
                                   "remove it or use a newer hylra-gguf")
         layer_count = own.pop("layer_count")
-        policy = cls(**own, measured={key[len(_MEASURED):]: value for key, value in rest.items()})
+        policy = cls(**own, measured={key[len(MEASURED):]: value for key, value in rest.items()})
         if type(layer_count) is not int or layer_count != policy.layer_count:
-            raise PolicyError(f"layer_count is {_short(layer_count)}, but layer_mode has {policy.layer_count} values; "
+            raise PolicyError(f"layer_count is {short(layer_count)}, but layer_mode has {policy.layer_count} values; "
                               "make both the same")
         return policy
 
     def to_gguf(self) -> Typed:
         """{"hylra.top_k": ("u32", 2048), ...}: every key with its GGUF type."""
         values = self.to_dict()
-        return {PREFIX + key: (_gguf_type(key), value) for key, value in values.items()}
+        return {PREFIX + key: (gguf_type(key), value) for key, value in values.items()}
 
     @classmethod
     def from_gguf_kv(cls, kv: Typed) -> Policy:
         """The inverse of `to_gguf`; also ignores the padding that `write_policy` adds."""
         named = {key[len(PREFIX):]: value for key, value in kv.items() if key != PAD_KEY}
         if "version" in named:
-            _check_version(_typed("version", "u32", named["version"][1]))
+            check_version(typed("version", "u32", named["version"][1]))
         for key, (kind, value) in named.items():
-            if (key in _TYPES or key.startswith(_MEASURED)) and kind != _gguf_type(key):
-                raise PolicyError(f"hylra.{key} has type {kind}, expected {_gguf_type(key)}; embed the policy again")
+            if (key in TYPES or key.startswith(MEASURED)) and kind != gguf_type(key):
+                raise PolicyError(f"hylra.{key} has type {kind}, expected {gguf_type(key)}; embed the policy again")
             if value is None:
                 raise PolicyError(f"hylra.{key} is too large to be read; embed the policy again")
         return cls.from_dict({key: value for key, (_, value) in named.items()})
@@ -227,7 +211,7 @@ class Policy:
                 return require_policy(path)
             text = start + file.read()  # one open: the file may be a pipe
         try:
-            return cls.from_dict(json.loads(text, object_pairs_hook=_no_duplicates))
+            return cls.from_dict(json.loads(text, object_pairs_hook=no_duplicates))
         except (ValueError, RecursionError) as error:
             raise PolicyError(f"{path}: not a policy in JSON: {error}") from error
         except PolicyError as error:
@@ -336,87 +320,6 @@ def require_policy(model_path: Path) -> Policy:
     if policy is None:
         raise PolicyError(f"{os.fspath(model_path)}: no policy in this model; add one with hylra-gguf embed-policy")
     return policy
-
-
-# ---- values
-
-def _gguf_type(key: str) -> str:
-    return _TYPES.get(key) or ("string" if key == _MEASURED + _TEXT_MEASURED else "f32")
-
-
-def _check_version(version: int) -> None:
-    if version != SCHEMA_VERSION:
-        what = "use a newer hylra-gguf" if version > SCHEMA_VERSION else "write the policy again"
-        raise PolicyError(f"the policy has version {version}, expected {SCHEMA_VERSION}; {what}")
-
-
-def _typed(key: str, kind: str, value: Any) -> Any:
-    if kind.endswith("[]"):
-        if isinstance(value, np.ndarray):
-            value = value.ravel().tolist()
-        if not isinstance(value, (list, tuple)):
-            raise PolicyError(f"{key} is {_short(value)}, expected a list")
-        return tuple(_typed(f"{key}[{index}]", kind[:-2], item) for index, item in enumerate(value))
-    if kind == "string":
-        return _text(key, value)
-    if kind == "bool":
-        if not isinstance(value, (bool, np.bool_)):
-            raise PolicyError(f"{key} is {_short(value)}, expected true or false")
-        return bool(value)
-    return _single(key, value) if kind == "f32" else _integer(key, kind, value)
-
-
-def _integer(key: str, kind: str, value: Any) -> int:
-    lowest = 0 if kind == "u32" else -2**31
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not lowest <= number < 2**31:
-        raise PolicyError(f"{key} is {_short(value)}, expected a whole number from {lowest} to {2**31 - 1}")
-    return number
-
-
-def _single(key: str, value: Any) -> float:
-    """The shortest decimal that names the same single-precision number: 0.95 stays 0.95 on its way through GGUF."""
-    number = math.nan
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        with np.errstate(over="ignore"):
-            number = float(str(np.float32(value))) if abs(value) < 1e39 else math.inf
-    if not math.isfinite(number):
-        raise PolicyError(f"{key} is {_short(value)}, expected a finite number")
-    return number
-
-
-def _text(key: str, value: Any) -> str:
-    # control characters of a foreign file must not reach the terminal
-    if not isinstance(value, str) or any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in value):
-        raise PolicyError(f"{key} is {_short(value)}, expected one line of text")
-    if len(value.encode()) > _MAX_TEXT_BYTES:
-        raise PolicyError(f"{key} has {len(value.encode())} bytes, expected at most {_MAX_TEXT_BYTES}")
-    return value
-
-
-def _measured(key: Any, value: Any) -> Union[float, str]:
-    if not isinstance(key, str) or not re.fullmatch(r"[a-z0-9_]{1,64}", key):
-        raise PolicyError(f"measured.{_short(key)} is no key; use lower-case letters, digits and _")
-    if key != _TEXT_MEASURED:
-        return _single(_MEASURED + key, value)
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise PolicyError(f"{_MEASURED}{key} is {_short(value)}, expected 64 hexadecimal digits")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> Dict[str, Any]:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise PolicyError(f"key {_short(key)} stands there twice; remove one")
-    return dict(pairs)
 
 
 def ranges(layers: list[int]) -> str:
