@@ -243,16 +243,17 @@ class Policy:
 
         As llama_hylra_policy::selects_sparsely: not where K and V of the selection are as many rows as V of all cells.
         """
-        cells = [self._cells_of(layer, n_kv) for layer, sparse in enumerate(self.sparse_select or ()) if sparse]
+        cells = [self.cells_of(layer, n_kv) for layer, sparse in enumerate(self.sparse_select or ()) if sparse]
         return [one for one in cells if n_kv > 2 * one]
 
-    def _cells_of(self, source: int, n_kv: int) -> int:
+    def cells_of(self, source: int, n_kv: int) -> int:
+        """Cells that a layer hands out at a depth of n_kv cells, as llama_hylra_policy::top_k_at."""
         share = max(self.top_k, math.ceil((self.top_k_fraction or 0) * n_kv))
         return share if self.layer_top_k is None else self.layer_top_k[source]
 
     def reuse_cells(self, n_kv: int) -> list[int]:
         """Cells that each reuse layer is given at a depth of n_kv cells, before n_kv itself limits them."""
-        return [self._cells_of(source, n_kv)
+        return [self.cells_of(source, n_kv)
                 for layer, (mode, source) in enumerate(zip(self.layer_mode, self.layer_source)) if mode == REUSE and source != layer]
 
     def describe(self) -> str:

@@ -49,6 +49,11 @@ def test_a_sparse_select_layer_saves_half_but_for_its_cells(n_kv, cells, saved):
     assert sparse.reads_saved(n_kv) - dense.reads_saved(n_kv) == pytest.approx(saved / 6)
 
 
+def test_top_k_of_a_share_of_the_cache():
+    policy = Policy(**PLAIN, top_k=300, top_k_fraction=0.25)
+    assert [policy.cells_of(0, n_kv) for n_kv in (512, 1201, 8192)] == [300, 301, 2048]
+
+
 def test_budgets_per_layer_count_in_the_reads_saved():
     policy = Policy(**BUDGETS)
     assert policy.reuse_cells(8192) == [2048, 512, 2048]
