@@ -145,6 +145,13 @@ def test_the_low_quantile_is_what_theta_is_compared_with():
     assert dense_count(plan.plan_policy(profile, theta=0.9, statistic="low")) == 8
 
 
+@pytest.mark.parametrize("similarity, theta, dense", [("recall", 0.9, 3), ("overlap", 0.9, 8), ("overlap", 0.45, 3)])
+def test_theta_is_compared_with_the_similarity_that_was_asked_for(similarity, theta, dense):
+    policy = plan.plan_policy(make_profile(line(8)), theta=theta, similarity=similarity)  # every overlap is half the recall
+    assert (dense_count(policy), policy.similarity) == (dense, similarity)
+    assert policy.overlap[1] == pytest.approx(0.93 if similarity == "recall" else 0.465)
+
+
 @pytest.mark.parametrize("flags, layers, sparse", [
     ({}, "SRFS", (1, 0, 0, 1)),  # layer 2 is sensitive; layer 3 has no source, and its own cells do for it
     ({"select": "sparse"}, "SRFS", (1, 0, 0, 1)),
