@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from support import random_tokens
 from test_profile import SMALL, TEXTS, tiny  # noqa: F401
 
 from hylra_gguf import profile, resume
