@@ -20,8 +20,9 @@ TYPES = {
     "version": "u32", "enabled": "bool", "layer_count": "u32", "head_kv_count": "u32",
     "layer_mode": "u32[]", "layer_source": "i32[]", "lists": "u32", "head_map": "i32[]",
     "top_k": "u32", "top_k_fraction": "f32", "layer_top_k": "u32[]", "sparse_select": "u32[]",
-    "block_size": "u32", "sink_tokens": "u32", "recent_tokens": "u32", "min_context": "u32", "prefill": "u32", "summary": "string", "tool": "string", "calibration": "string",
-    "theta": "f32", "similarity": "string", "sensitivity": "f32[]", "overlap": "f32[]",
+    "block_size": "u32", "sink_tokens": "u32", "recent_tokens": "u32", "min_context": "u32", "prefill": "u32",
+    "summary": "string", "tool": "string", "calibration": "string", "theta": "f32", "similarity": "string",
+    "sensitivity": "f32[]", "overlap": "f32[]",
 }
 MEASURED = "measured."
 TEXT_MEASURED = "model_sha256"
