@@ -167,9 +167,34 @@ def cpu_info() -> str:
 
 
 def gpu_info() -> str:
-    """As the NVIDIA driver names them"""
-    return ", ".join(line.split(":", 1)[1].strip() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-                     for line in path.read_text().splitlines() if line.startswith("Model"))
+    return ", ".join(gpu_names())
+
+
+def gpu_names(folder: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """Of the cards that CUDA shows this process, as the NVIDIA driver names them"""
+    texts = [path.read_text() for path in sorted(folder.glob("*/information"))]
+    return visible_gpus([(fact_in(text, "Model"), fact_in(text, "GPU UUID")) for text in texts], os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def fact_in(text: str, name: str) -> str:
+    return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(f"{name}:")), "")
+
+
+def visible_gpus(gpus: list[tuple[str, str]], wanted: str | None) -> list[str]:
+    """gpus: (name, UUID) by PCI bus; wanted: CUDA_VISIBLE_DEVICES, of which CUDA ignores the first unknown entry and all after it.
+
+    Unlike cards are numbered as here only with CUDA_DEVICE_ORDER=PCI_BUS_ID. A part of a card (MIG-...) has no name but its own.
+    """
+    if wanted is None:
+        return [name for name, _ in gpus]
+    found = []
+    for one in map(str.strip, wanted.split(",")):
+        names = [name for at, (name, uuid) in enumerate(gpus) if one == str(at) or (one.startswith("GPU-") and uuid.startswith(one))]
+        names += [one] if one.startswith("MIG-") else []
+        if len(names) != 1:
+            break
+        found += names
+    return found
 
 
 def commit() -> str:

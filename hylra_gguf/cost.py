@@ -125,8 +125,9 @@ def work_of(policy: Policy, eligible: Sequence[bool], depth: float) -> list[floa
     """What t0, dense, select, sparse and reuse are multiplied by in a step"""
     sparse = policy.sparse_select_cells(depth)
     selects = policy.layer_mode.count(SELECT) - len(sparse)
-    dense = sum(eligible) - policy.layer_mode.count(REUSE) - len(sparse)
-    gathered = sum(sparse) + sum(min(cells, depth) for cells in policy.reuse_cells(depth))
+    given = policy.reuse_cells(depth)
+    dense = sum(eligible) - len(given) - len(sparse)  # as in Policy.reads_saved, a reuse layer that is its own source counts here
+    gathered = sum(sparse) + sum(min(cells, depth) for cells in given)
     return [1, dense * depth, selects * depth, len(sparse) * depth, gathered]
 
 
@@ -164,7 +165,8 @@ def with_selects(full: Policy, able: list[int], selects: list[int]) -> Policy:
 
 
 def measure(model_path: str, profile: Profile, threads: int | None, report=lambda line: None) -> CostModel:
-    """Some ten seconds for a small model: six arms at DEPTHS_TOKENS, on a cache that is mostly copies of a few hundred tokens.
+    """Some ten seconds for a small model: six arms at DEPTHS_TOKENS, on a cache that is mostly copies of a few hundred tokens;
+    minutes where text must be read instead (recurrent layers).
 
     Raises ProfileError if the model is not the one of the profile.
     """
@@ -179,7 +181,7 @@ def measure(model_path: str, profile: Profile, threads: int | None, report=lambd
                     for on in (True, False)}
         for context in contexts.values():
             engine.set_policy(context.ctx, None)
-            fill(context, tokens, deepest, synthetic=True)
+            fill(context, tokens, deepest, synthetic=True, rewinds=DEPTHS_TOKENS)
         for depth in sorted(DEPTHS_TOKENS, reverse=True):
             report(f"cost: timing {len(arms)} arms at {depth} tokens")
             points += [(arm.name, arm.policy, depth, seconds) for arm, seconds in timed(arms, contexts, tokens[:STEPS + 1], depth)]

@@ -80,11 +80,12 @@ class DenseVisitor:
         self.seen.add(layer)
         rows = step.rows(trace)
         masses, step.sinks[layer] = step.masses(rows), rows.sinks
-        if step.policy.layer_mode[layer] == SELECT:
-            budget = Budget([budget_at(step.policy, trace.n_kv)], step.policy.sink_tokens, step.policy.recent_tokens)
-            step.cells[layer] = [[chosen(scores, budget, step.policy.block_size) for scores in mass] for mass in masses]
-        else:
-            found = step.recall(layer, masses, step.cells[step.policy.layer_source[layer]])
+        policy, source = step.policy, step.policy.layer_source[layer]
+        if source == layer:  # a select layer, or a reuse layer that takes its own cells
+            budget = Budget([policy.cells_of(layer, trace.n_kv)], policy.sink_tokens, policy.recent_tokens)
+            step.cells[layer] = [[chosen(scores, budget, policy.block_size) for scores in mass] for mass in masses]
+        if policy.layer_mode[layer] == REUSE:
+            found = step.recall(layer, masses, step.cells[source])
             step.recalls.dense.setdefault(layer, []).extend(found)
 
 
@@ -102,11 +103,6 @@ class ChainVisitor:
         given = np.frombuffer(step.engine.ffi.buffer(trace.cells, 4 * math.prod(shape)), np.int32).reshape(shape)
         cells = [[row[(row >= 0) & (row <= step.start + t)] for row in lists] for t, lists in enumerate(given)]
         step.recalls.chain.setdefault(layer, []).extend(step.recall(layer, step.masses(rows), cells))
-
-
-def budget_at(policy: Policy, n_kv: int) -> int:
-    """As llama_hylra_policy::top_k_at"""
-    return max(policy.top_k, math.ceil((policy.top_k_fraction or 0) * n_kv))
 
 
 def chosen(scores: np.ndarray, budget: Budget, block_size: int) -> np.ndarray:
@@ -129,7 +125,7 @@ def measure_drift(model_path: str, policy: Policy, texts: list[tuple[str, str]] 
     recalls = Recalls()
     with Forward(model_path) as forward:
         contexts = choose_contexts(options.contexts, forward.api.llama_model_n_ctx_train(forward.model.handle))
-        top_k, = choose_top_ks(contexts[0], [budget_at(policy, contexts[-1])], policy.sink_tokens + policy.recent_tokens)
+        top_k, = choose_top_ks(contexts[0], [max(policy.reuse_cells(contexts[-1]), default=policy.top_k)], policy.sink_tokens + policy.recent_tokens)
         names, token_lists = calibration_tokens(forward, texts, contexts[-1])
         samples = plan_samples(len(names), contexts, options.samples, top_k)
         forward.open_context(contexts[-1], options.type_kv, options.n_threads or cpu_count())

@@ -28,7 +28,7 @@ from .gguf_header import data_sha256, write_policy
 from .plan import plan_options, plan_policy
 from .policy import Policy, read_policy
 from .profile_data import Profile
-from .session import Context, Model
+from .session import Model
 
 PROMPT_ROOM_TOKENS = 160  # a question with its chat tokens; more than any of eval_tasks has
 LONG_REQUESTS = (

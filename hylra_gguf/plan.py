@@ -15,7 +15,7 @@ import numpy as np
 from . import importers, strategies
 from .errors import PolicyError
 from .flags import OWN, PLAN_FLAGS, REFINE_FLAGS, check_strategy_flags, flag
-from .policy import FULL, REUSE, SELECT, Policy
+from .policy import FULL, REUSE, SELECT, Policy, ranges
 from .profile_data import Profile, tool_version
 from .solver import NO_SOURCE, Plan, Problem
 
@@ -62,7 +62,7 @@ def plan_policy(profile: Profile, strategy: str = "hylra", *, top_k: int | None 
     bound = sensitivity_bound(max_sensitivity, strategy)
     problem = make_problem(view, top_k, bound, weights)
     plan = strategies.choose(strategy, problem, **own)
-    calm = view.sensitivity(top_k) <= sparse_bound(select, max_sensitivity, strategy)
+    calm = calm_layers(view.sensitivity(top_k), sparse_bound(select, max_sensitivity, strategy))
     if strategy in SOLVED:
         plan = replace(plan, sources=own_cells(plan.sources, problem.eligible & calm))
     ks = select_budgets(view, plan, top_k, sink + recent, bound) if budgets else {layer: top_k for layer in selects_of(plan.sources)}
@@ -123,10 +123,15 @@ def sparse_bound(select: str | None, max_sensitivity: float | None, strategy: st
     return -math.inf if select == "dense" else DEFAULT_MAX_SENSITIVITY if max_sensitivity is None else max_sensitivity
 
 
+def calm_layers(sensitivity: Sequence[float], bound: float) -> np.ndarray:
+    """bool [n_layer]: its own cells do for a layer. A layer that was not measured (NaN) is not calm, whatever the bound."""
+    return np.asarray(sensitivity, float) <= bound
+
+
 def make_problem(view: View, top_k: int, bound: float, weights: str | None) -> Problem:
     """Layer 0 has no earlier layer; a layer that its own top-k cells already distort must not take another's."""
     eligible = np.array(view.profile.eligible, bool)
-    may_reuse = eligible & (np.arange(len(eligible)) > 0) & (view.sensitivity(top_k) <= bound)
+    may_reuse = eligible & (np.arange(len(eligible)) > 0) & calm_layers(view.sensitivity(top_k), bound)
     return Problem(view.matrix(top_k), eligible, may_reuse, edge_weights(view.profile, weights, eligible))
 
 
@@ -175,7 +180,7 @@ def select_budgets(view: View, plan: Plan, top_k: int, forced: int, bound: float
     """Per select layer the smallest measured top_k at which its edges keep theta and its reuse layers the sensitivity bound."""
     budgets = {layer: top_k for layer in selects_of(plan.sources)}
     for k in sorted((k for k in view.profile.top_k if forced <= k < top_k), reverse=True):
-        matrix, calm = view.matrix(k), view.sensitivity(k) <= bound
+        matrix, calm = view.matrix(k), calm_layers(view.sensitivity(k), bound)
         bad = {source for source, layer in edges_of(plan.sources) if matrix[source, layer] < plan.theta or not calm[layer]}
         bad |= {layer for layer in selects_of(plan.sources) if not calm[layer]}
         # from large to small: a layer that needs more than the next larger k stays where it is
@@ -220,17 +225,6 @@ def summary(sources: list[int], matrix: np.ndarray, ks: dict[int, int], top_k: i
 def tool_line(strategy: str, own: dict, plan: Plan) -> str:
     numbers = "".join(f" --{name} {own[name]}" for name in ("count", "n", "seed") if name in own)
     return f"{tool_version()}, strategy {strategy}{numbers}" + ("" if plan.proven else ", not proven to be the best: out of time")
-
-
-def ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2 5"; "none" for no layers"""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return " ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else " ".join(map(str, p)) for p in parts) or "none"
 
 
 # -- command ----------------------------------------------------------------------------------------------------------

@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
-import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple, Union
 
-import numpy as np
-
 from .errors import PolicyError, plain_os_errors
 from .files import replacing
 from .gguf_header import PAD_KEY, PREFIX, Path, Typed, read_header
+from .policy_values import MEASURED, SCHEMA_VERSION, TYPES, check_version, gguf_type, measured_value, no_duplicates, short, typed
 
 FULL, SELECT, REUSE = 0, 1, 2
-SCHEMA_VERSION = 1
 MODE_LETTERS = "FSR"
 
-# the field's name is its key in JSON and, behind "hylra.", in GGUF
-_TYPES = {
-    "version": "u32", "enabled": "bool", "layer_count": "u32", "head_kv_count": "u32",
-    "layer_mode": "u32[]", "layer_source": "i32[]", "lists": "u32", "head_map": "i32[]",
-    "top_k": "u32", "top_k_fraction": "f32", "layer_top_k": "u32[]", "sparse_select": "u32[]", "block_size": "u32", "sink_tokens": "u32", "recent_tokens": "u32",
-    "min_context": "u32", "prefill": "u32", "summary": "string", "tool": "string", "calibration": "string",
-    "theta": "f32", "similarity": "string", "sensitivity": "f32[]", "overlap": "f32[]",
-}
 _REQUIRED = ("version", "layer_count", "head_kv_count", "layer_mode", "layer_source")
 _OPTIONAL = ("head_map", "top_k_fraction", "layer_top_k", "sparse_select", "theta", "sensitivity", "overlap")
-_MEASURED = "measured."
-_TEXT_MEASURED = "model_sha256"
-_MAX_TEXT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -68,12 +52,12 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Every value takes the type that GGUF stores, floats single precision, so that a policy equals what a file gives back."""
-        for key, kind in _TYPES.items():
+        for key, kind in TYPES.items():
             if key != "layer_count" and not (key in _OPTIONAL and getattr(self, key) is None):
-                object.__setattr__(self, key, _typed(key, kind, getattr(self, key)))
+                object.__setattr__(self, key, typed(key, kind, getattr(self, key)))
         if not isinstance(self.measured, dict):
-            raise PolicyError(f"measured is {_short(self.measured)}, expected names with values")
-        object.__setattr__(self, "measured", {key: _measured(key, value) for key, value in self.measured.items()})
+            raise PolicyError(f"measured is {short(self.measured)}, expected names with values")
+        object.__setattr__(self, "measured", {key: measured_value(key, value) for key, value in self.measured.items()})
         self.validate()
 
     @property
@@ -95,7 +79,7 @@ class Policy:
             self._check_layer(layer)
 
     def _check_scalars(self) -> None:
-        _check_version(self.version)
+        check_version(self.version)
         size = self.block_size
         for key, good, expected in (
             ("head_kv_count", self.head_kv_count >= 1, "at least 1"),
@@ -164,47 +148,47 @@ class Policy:
 
     def to_dict(self) -> Dict[str, Any]:
         """The JSON form: the GGUF keys without `hylra.`; what is not set is left out."""
-        values = {key: getattr(self, key) for key in _TYPES}
-        measured = {_MEASURED + key: value for key, value in self.measured.items()}
+        values = {key: getattr(self, key) for key in TYPES}
+        measured = {MEASURED + key: value for key, value in self.measured.items()}
         values = {key: value for key, value in {**values, **measured}.items() if value not in (None, "")}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> Policy:
         if not isinstance(values, dict):
-            raise PolicyError(f"a policy is an object of keys and values, found {_short(values)}")
+            raise PolicyError(f"a policy is an object of keys and values, found {short(values)}")
         if "version" in values:
-            _check_version(_typed("version", "u32", values["version"]))  # first: a newer version may have other keys
+            check_version(typed("version", "u32", values["version"]))  # first: a newer version may have other keys
         for key in _REQUIRED:
             if key not in values:
                 raise PolicyError(f"key {key} is missing; write the policy again with hylra-gguf plan")
-        own = {key: value for key, value in values.items() if key in _TYPES}
-        rest = {key: value for key, value in values.items() if key not in _TYPES}
+        own = {key: value for key, value in values.items() if key in TYPES}
+        rest = {key: value for key, value in values.items() if key not in TYPES}
         for key in rest:
-            if not str(key).startswith(_MEASURED):
-                raise PolicyError(f"key {_short(key)} is not known in version {SCHEMA_VERSION}; "
+            if not str(key).startswith(MEASURED):
+                raise PolicyError(f"key {short(key)} is not known in version {SCHEMA_VERSION}; "
                                   "remove it or use a newer hylra-gguf")
         layer_count = own.pop("layer_count")
-        policy = cls(**own, measured={key[len(_MEASURED):]: value for key, value in rest.items()})
+        policy = cls(**own, measured={key[len(MEASURED):]: value for key, value in rest.items()})
         if type(layer_count) is not int or layer_count != policy.layer_count:
-            raise PolicyError(f"layer_count is {_short(layer_count)}, but layer_mode has {policy.layer_count} values; "
+            raise PolicyError(f"layer_count is {short(layer_count)}, but layer_mode has {policy.layer_count} values; "
                               "make both the same")
         return policy
 
     def to_gguf(self) -> Typed:
         """{"hylra.top_k": ("u32", 2048), ...}: every key with its GGUF type."""
         values = self.to_dict()
-        return {PREFIX + key: (_gguf_type(key), value) for key, value in values.items()}
+        return {PREFIX + key: (gguf_type(key), value) for key, value in values.items()}
 
     @classmethod
     def from_gguf_kv(cls, kv: Typed) -> Policy:
         """The inverse of `to_gguf`; also ignores the padding that `write_policy` adds."""
         named = {key[len(PREFIX):]: value for key, value in kv.items() if key != PAD_KEY}
         if "version" in named:
-            _check_version(_typed("version", "u32", named["version"][1]))
+            check_version(typed("version", "u32", named["version"][1]))
         for key, (kind, value) in named.items():
-            if (key in _TYPES or key.startswith(_MEASURED)) and kind != _gguf_type(key):
-                raise PolicyError(f"hylra.{key} has type {kind}, expected {_gguf_type(key)}; embed the policy again")
+            if (key in TYPES or key.startswith(MEASURED)) and kind != gguf_type(key):
+                raise PolicyError(f"hylra.{key} has type {kind}, expected {gguf_type(key)}; embed the policy again")
             if value is None:
                 raise PolicyError(f"hylra.{key} is too large to be read; embed the policy again")
         return cls.from_dict({key: value for key, (_, value) in named.items()})
@@ -227,7 +211,7 @@ class Policy:
                 return require_policy(path)
             text = start + file.read()  # one open: the file may be a pipe
         try:
-            return cls.from_dict(json.loads(text, object_pairs_hook=_no_duplicates))
+            return cls.from_dict(json.loads(text, object_pairs_hook=no_duplicates))
         except (ValueError, RecursionError) as error:
             raise PolicyError(f"{path}: not a policy in JSON: {error}") from error
         except PolicyError as error:
@@ -244,7 +228,10 @@ class Policy:
         return f"{counts['F']} full, {counts['S']} select, {counts['R']} reuse; top_k {self.top_k}; {state}"
 
     def reads_saved(self, n_kv: int) -> float:
-        """Share of the K and V rows of a dense step that a decode step over `n_kv` cells leaves unread."""
+        """Share of the K and V rows of a dense step that a decode step over `n_kv` cells leaves unread.
+
+        A reuse layer that is its own source is there for comparison and scores every K: it counts as dense, as docs/accuracy.md says.
+        """
         if not self.enabled or n_kv < max(self.min_context, 1):
             return 0.0
         saved = sum(1 - min(n_kv, cells) / n_kv for cells in self.reuse_cells(n_kv))
@@ -256,16 +243,17 @@ class Policy:
 
         As llama_hylra_policy::selects_sparsely: not where K and V of the selection are as many rows as V of all cells.
         """
-        cells = [self._cells_of(layer, n_kv) for layer, sparse in enumerate(self.sparse_select or ()) if sparse]
+        cells = [self.cells_of(layer, n_kv) for layer, sparse in enumerate(self.sparse_select or ()) if sparse]
         return [one for one in cells if n_kv > 2 * one]
 
-    def _cells_of(self, source: int, n_kv: int) -> int:
+    def cells_of(self, source: int, n_kv: int) -> int:
+        """Cells that a layer hands out at a depth of n_kv cells, as llama_hylra_policy::top_k_at."""
         share = max(self.top_k, math.ceil((self.top_k_fraction or 0) * n_kv))
         return share if self.layer_top_k is None else self.layer_top_k[source]
 
     def reuse_cells(self, n_kv: int) -> list[int]:
         """Cells that each reuse layer is given at a depth of n_kv cells, before n_kv itself limits them."""
-        return [self._cells_of(source, n_kv)
+        return [self.cells_of(source, n_kv)
                 for layer, (mode, source) in enumerate(zip(self.layer_mode, self.layer_source)) if mode == REUSE and source != layer]
 
     def describe(self) -> str:
@@ -284,7 +272,7 @@ class Policy:
         rows = [
             ("layers", f"{self.layer_count}: {self.one_line().split(';')[0]}; {self.head_kv_count} KV heads"),
             ("layer map", " ".join(self.layer_map()[at:at + 10] for at in range(0, self.layer_count, 10))),
-            ("sparse select", _ranges([layer for layer, sparse in enumerate(self.sparse_select or ()) if sparse])),
+            ("sparse select", self._sparse_selects()),
             ("reuse", self._spans() or "none"),
             ("lists", ("one per layer" if self.lists == 1 else "one per KV head") + (", with a head map" if self.head_map else "")),
             ("top_k", f"{self.top_k} {unit} = {self.sink_tokens} sink + {self.recent_tokens} recent + {best} best{share}"),
@@ -296,12 +284,16 @@ class Policy:
         ]
         return [(name, text.replace("|", "\\|")) for name, text in rows if text]
 
+    def _sparse_selects(self) -> str:
+        layers = [layer for layer, sparse in enumerate(self.sparse_select or ()) if sparse]
+        return ranges(layers) if layers else ""
+
     def _budgets(self) -> str:
         """The select layers of each budget, "512: 3 9, 1024: 0"."""
         by_cells: Dict[int, list[int]] = {}
         for layer, cells in enumerate(self.layer_top_k or ()):
             by_cells.setdefault(cells, []).append(layer)
-        return ", ".join(f"{cells}: {_ranges(layers)}" for cells, layers in sorted(by_cells.items()) if cells)
+        return ", ".join(f"{cells}: {ranges(layers)}" for cells, layers in sorted(by_cells.items()) if cells)
 
     def _spans(self) -> str:
         """Every select layer with the layers that reuse its cells, "3 > 4-13"."""
@@ -309,7 +301,7 @@ class Policy:
         for layer, (mode, source) in enumerate(zip(self.layer_mode, self.layer_source)):
             if mode == REUSE:
                 fed.setdefault(source, []).append(layer)
-        return ", ".join(f"{source} > {_ranges(layers)}" for source, layers in sorted(fed.items()))
+        return ", ".join(f"{source} > {ranges(layers)}" for source, layers in sorted(fed.items()))
 
 
 def read_policy(model_path: Path) -> Optional[Policy]:
@@ -331,89 +323,12 @@ def require_policy(model_path: Path) -> Policy:
     return policy
 
 
-# ---- values
-
-def _gguf_type(key: str) -> str:
-    return _TYPES.get(key) or ("string" if key == _MEASURED + _TEXT_MEASURED else "f32")
-
-
-def _check_version(version: int) -> None:
-    if version != SCHEMA_VERSION:
-        what = "use a newer hylra-gguf" if version > SCHEMA_VERSION else "write the policy again"
-        raise PolicyError(f"the policy has version {version}, expected {SCHEMA_VERSION}; {what}")
-
-
-def _typed(key: str, kind: str, value: Any) -> Any:
-    if kind.endswith("[]"):
-        if isinstance(value, np.ndarray):
-            value = value.ravel().tolist()
-        if not isinstance(value, (list, tuple)):
-            raise PolicyError(f"{key} is {_short(value)}, expected a list")
-        return tuple(_typed(f"{key}[{index}]", kind[:-2], item) for index, item in enumerate(value))
-    if kind == "string":
-        return _text(key, value)
-    if kind == "bool":
-        if not isinstance(value, (bool, np.bool_)):
-            raise PolicyError(f"{key} is {_short(value)}, expected true or false")
-        return bool(value)
-    return _single(key, value) if kind == "f32" else _integer(key, kind, value)
-
-
-def _integer(key: str, kind: str, value: Any) -> int:
-    lowest = 0 if kind == "u32" else -2**31
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not lowest <= number < 2**31:
-        raise PolicyError(f"{key} is {_short(value)}, expected a whole number from {lowest} to {2**31 - 1}")
-    return number
-
-
-def _single(key: str, value: Any) -> float:
-    """The shortest decimal that names the same single-precision number: 0.95 stays 0.95 on its way through GGUF."""
-    number = math.nan
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        with np.errstate(over="ignore"):
-            number = float(str(np.float32(value))) if abs(value) < 1e39 else math.inf
-    if not math.isfinite(number):
-        raise PolicyError(f"{key} is {_short(value)}, expected a finite number")
-    return number
-
-
-def _text(key: str, value: Any) -> str:
-    # control characters of a foreign file must not reach the terminal
-    if not isinstance(value, str) or any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in value):
-        raise PolicyError(f"{key} is {_short(value)}, expected one line of text")
-    if len(value.encode()) > _MAX_TEXT_BYTES:
-        raise PolicyError(f"{key} has {len(value.encode())} bytes, expected at most {_MAX_TEXT_BYTES}")
-    return value
-
-
-def _measured(key: Any, value: Any) -> Union[float, str]:
-    if not isinstance(key, str) or not re.fullmatch(r"[a-z0-9_]{1,64}", key):
-        raise PolicyError(f"measured.{_short(key)} is no key; use lower-case letters, digits and _")
-    if key != _TEXT_MEASURED:
-        return _single(_MEASURED + key, value)
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise PolicyError(f"{_MEASURED}{key} is {_short(value)}, expected 64 hexadecimal digits")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> Dict[str, Any]:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise PolicyError(f"key {_short(key)} stands there twice; remove one")
-    return dict(pairs)
-
-
-def _ranges(layers: list[int]) -> str:
-    """[1, 2, 3, 7] as "1-3 7"."""
-    starts = [layer for layer in layers if layer - 1 not in layers]
-    ends = [layer for layer in layers if layer + 1 not in layers]
-    return " ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends))
+def ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2 5"; "none" for no layers"""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return " ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else " ".join(map(str, p)) for p in parts) or "none"

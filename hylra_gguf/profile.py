@@ -183,9 +183,9 @@ def check_options(options: Options) -> None:
     for flag, name in zip(("-ctk", "-ctv"), kv_names(options.type_kv)):
         if name not in KV_TYPES:
             raise ProfileError(f"{flag} {name}: expected one of {' '.join(KV_TYPES)}")
-    odd = [size for size in options.block_sizes if size != 1 and not (16 <= size <= 128)]
+    odd = [size for size in options.block_sizes if size not in BLOCK_SIZES]
     if odd:
-        raise ProfileError(f"--block-sizes {odd[0]}: expected 1, or 16 to 128")
+        raise ProfileError(f"--block-sizes {odd[0]}: expected {' '.join(map(str, BLOCK_SIZES))}, as a policy takes them")
 
 
 def choose_contexts(asked: list[int] | None, n_ctx_train: int) -> list[int]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .divergence import Divergence, Judge
 from .forward import cpu_count
-from .plan import DEFAULT_MAX_SENSITIVITY, sparse_selects, summary
+from .plan import DEFAULT_MAX_SENSITIVITY, calm_layers, sparse_selects, summary
 from .policy import FULL, REUSE, SELECT, Policy
 from .profile_data import Profile
 from .session import Model
@@ -67,7 +67,7 @@ def with_sources(policy: Policy, sources: list[int]) -> Policy:
 
     Keeps the budgets of layers that still select.
     """
-    calm = [bool(policy.sparse_select) and takes_part_sparsely(policy, layer) for layer in range(policy.layer_count)]
+    calm = calm_in(policy)
     used = {s for layer, s in enumerate(sources) if s != layer or (s != -1 and calm[layer])}
     modes = [REUSE if s not in (-1, layer) else SELECT if layer in used else FULL for layer, s in enumerate(sources)]
     sources = [-1 if mode == FULL else s for mode, s in zip(modes, sources)]
@@ -78,8 +78,12 @@ def with_sources(policy: Policy, sources: list[int]) -> Policy:
     return with_budgets(replace(policy, layer_mode=tuple(modes), layer_source=tuple(sources), layer_top_k=None, sparse_select=sparse), budgets)
 
 
-def takes_part_sparsely(policy: Policy, layer: int) -> bool:
-    return bool(policy.sparse_select[layer]) or (policy.sensitivity or [0.0] * policy.layer_count)[layer] <= DEFAULT_MAX_SENSITIVITY
+def calm_in(policy: Policy) -> list[bool]:
+    """Layers that may select sparsely: none if none does so far, else those that do and those that the planner's default bound lets."""
+    if not policy.sparse_select:
+        return [False] * policy.layer_count
+    measured = calm_layers(policy.sensitivity or [np.nan] * policy.layer_count, DEFAULT_MAX_SENSITIVITY)
+    return [bool(sparse) or bool(calm) for sparse, calm in zip(policy.sparse_select, measured)]
 
 
 def with_budgets(policy: Policy, budgets: list[int] | None) -> Policy:

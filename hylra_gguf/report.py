@@ -18,7 +18,7 @@ from . import report_page, sweep
 from .errors import HylraError, PolicyError, plain_os_errors
 from .files import replacing
 from .plan import View, edges_of, plan_policy
-from .policy import MODE_LETTERS, Policy
+from .policy import Policy
 from .profile_data import HALVES, Profile
 
 DIGITS = 4  # a profile stores no more

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -17,17 +16,33 @@ VOCAB = 96
 THREADS = int(os.environ.get("HYLRA_TEST_THREADS", "1"))  # tools/sanitize.py asks for more
 
 
+N_EMBD, N_FF = 64, 96  # of the tiny model
+
+
 def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=64, seed=0, context=8192, arch="llama",
                      norms=("attn_norm", "ffn_norm"), sliding_window=0, tied=False) -> Path:
     """A GGUF of llama-like tensors without tokenizer, F32 weights of random value; attention sharp enough to be selective."""
-    rng = np.random.default_rng(seed)
-    n_embd, n_ff = 64, 96
     w = gguf.GGUFWriter(path, arch)
+    add_metadata(w, n_layer, n_head, n_head_kv, n_embd_head, context)
+    if sliding_window:
+        w.add_sliding_window(sliding_window)
+    rng = np.random.default_rng(seed)
+    for name, shape, scale in tiny_tensors(n_layer, n_head * n_embd_head, n_head_kv * n_embd_head, norms, tied):
+        values = np.ones(shape) if scale is None else rng.standard_normal(shape) * scale / np.sqrt(shape[-1])
+        w.add_tensor(name + ".weight", values.astype(np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def add_metadata(w: gguf.GGUFWriter, n_layer: int, n_head: int, n_head_kv: int, n_embd_head: int, context: int) -> None:
     w.add_name("tiny")
     w.add_context_length(context)
-    w.add_embedding_length(n_embd)
+    w.add_embedding_length(N_EMBD)
     w.add_block_count(n_layer)
-    w.add_feed_forward_length(n_ff)
+    w.add_feed_forward_length(N_FF)
     w.add_head_count(n_head)
     w.add_head_count_kv(n_head_kv)
     w.add_key_length(n_embd_head)
@@ -38,30 +53,20 @@ def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=6
     w.add_logit_scale(1.0)
     w.add_vocab_size(VOCAB)
     w.add_tokenizer_model("no_vocab")
-    if sliding_window:
-        w.add_sliding_window(sliding_window)
 
-    def tensor(name, *shape, scale=1.0):
-        w.add_tensor(name, (rng.standard_normal(shape) * scale / np.sqrt(shape[-1])).astype(np.float32))
 
-    tensor("token_embd.weight", VOCAB, n_embd, scale=8.0)
+def tiny_tensors(n_layer: int, n_q: int, n_kv: int, norms, tied: bool):
+    """(name, shape, scale of its random values; None: ones); n_q and n_kv are widths over all heads"""
+    yield "token_embd", (VOCAB, N_EMBD), 8.0
     if not tied:
-        tensor("output.weight", VOCAB, n_embd, scale=2.0)
-    w.add_tensor("output_norm.weight", np.ones(n_embd, np.float32))
+        yield "output", (VOCAB, N_EMBD), 2.0
+    yield "output_norm", (N_EMBD,), None
     for i in range(n_layer):
-        for norm in norms:
-            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(n_embd, np.float32))
-        tensor(f"blk.{i}.attn_q.weight", n_head * n_embd_head, n_embd, scale=2.0)
-        tensor(f"blk.{i}.attn_k.weight", n_head_kv * n_embd_head, n_embd, scale=2.0)
-        tensor(f"blk.{i}.attn_v.weight", n_head_kv * n_embd_head, n_embd)
-        tensor(f"blk.{i}.attn_output.weight", n_embd, n_head * n_embd_head)
-        for name, rows, cols in (("gate", n_ff, n_embd), ("up", n_ff, n_embd), ("down", n_embd, n_ff)):
-            tensor(f"blk.{i}.ffn_{name}.weight", rows, cols)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return path
+        yield from ((f"blk.{i}.{norm}", (N_EMBD,), None) for norm in norms)
+        for name, rows, cols, scale in (("attn_q", n_q, N_EMBD, 2.0), ("attn_k", n_kv, N_EMBD, 2.0), ("attn_v", n_kv, N_EMBD, 1.0),
+                                        ("attn_output", N_EMBD, n_q, 1.0), ("ffn_gate", N_FF, N_EMBD, 1.0), ("ffn_up", N_FF, N_EMBD, 1.0),
+                                        ("ffn_down", N_EMBD, N_FF, 1.0)):
+            yield f"blk.{i}.{name}", (rows, cols), scale
 
 
 def policy(pattern: str, **fields) -> Policy:

@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES, LARGE, TRAINED, WHOLE_R1, write_archite
 from reference import Trace, attention, cells_allowed, check_selection, probabilities
 from support import Session, full_like, policy, random_tokens, run_on_stock, silence
 
-from hylra_gguf import Llama, engine
+from hylra_gguf import Llama, cost, engine
 from hylra_gguf.cli import main
 from hylra_gguf.drift import measure_drift
 from hylra_gguf.errors import HylraError, PolicyError
@@ -277,7 +277,8 @@ def test_a_rewound_hybrid_goes_on_as_if_nothing_had_been_read(model, name):
 
 
 @pytest.mark.parametrize("name", ["lfm2 (hybrid)", "qwen3next (hybrid)"])
-def test_commands_that_rewind_on_hybrids(model, name, tmp_path, capsys):
+def test_commands_that_rewind_on_hybrids(model, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "DEPTHS_TOKENS", (300, 600))
     path, own, plan = str(model(name)), str(tmp_path / "policy.json"), str(tmp_path / "p.npz")
     policy_of(name, top_k=100).save(own)
 
@@ -291,6 +292,8 @@ def test_commands_that_rewind_on_hybrids(model, name, tmp_path, capsys):
     rows = json.loads(run(f"profile {path} --policy {own} -c 1024 -o json"))
     assert len(rows) == policy_of(name).layer_mode.count(2) and all(0.05 < row["in_chain"] < 0.999 for row in rows)
     run(f"profile {path} -c 1024 --top-k 300 --samples 4 -o {plan}")
+    assert main(f"plan {plan} --sweep theta=0.5:0.9:0.4 --max-sensitivity 9 --model {path} -d 600 -t 1 --format json".split()) in (0, None)
+    assert [row["tokens_per_s_600"] > 0 for row in json.loads(capsys.readouterr().out)] == [True] * 2
     (tmp_path / "a.txt").write_text(text_of(1000))
     refined = tmp_path / "refined.json"
     first, text = ALL[name].layers.index("a"), tmp_path / "a.txt"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
 import textwrap
@@ -15,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Session, random_tokens, write_tiny_model
 from test_cli_files import AS_ORDINARY_USER, process
-from test_engine import policy, step_logits
-from test_gguf_header import BROKEN, POLICY, key, raw, write_model
+from test_engine import policy
+from test_gguf_header import BROKEN, POLICY, raw, write_model
 from test_policy import policies
 
 from hylra_gguf import Llama, cli, engine, gguf_header

@@ -172,3 +172,26 @@ def test_without_matplotlib_nothing_is_measured(run, monkeypatch):
 def test_rows_say_where_the_cache_lies(run):
     line = "own.gguf -d 300 -n 2 -r 1 --arms stock-fa1,hylra"
     assert [{row["no_kv_offload"] for row in rows_of(run, line + flag)} for flag in ("", " -nkvo")] == [{False}, {True}]
+
+
+@pytest.mark.parametrize("wanted, names", [
+    (None, ["NVIDIA H100", "NVIDIA H200", "NVIDIA L4"]),
+    ("", []),
+    ("1", ["NVIDIA H200"]),
+    ("2,0", ["NVIDIA L4", "NVIDIA H100"]),
+    ("0, 1", ["NVIDIA H100", "NVIDIA H200"]),
+    ("0,-1,1", ["NVIDIA H100"]),
+    ("3", []),
+    ("GPU-b2", ["NVIDIA H200"]),
+    ("GPU-", []),  # the beginning of all of them
+    ("MIG-77", ["MIG-77"]),
+    ("none", []),
+])
+def test_rows_name_the_cards_that_cuda_shows(wanted, names, tmp_path, monkeypatch):
+    for at, (name, uuid) in enumerate([("NVIDIA H100", "GPU-a1"), ("NVIDIA H200", "GPU-b2"), ("NVIDIA L4", "GPU-c3")]):
+        (tmp_path / f"0000:0{at}:00.0").mkdir()
+        (tmp_path / f"0000:0{at}:00.0" / "information").write_text(f"Model: \t\t {name}\nIRQ:   \t\t 0\nGPU UUID: \t {uuid}\nDevice Minor: \t {at}\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wanted)
+    assert bench.gpu_names(tmp_path) == names

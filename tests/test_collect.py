@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from profiles import make_profile
 from test_measure import causal_mask, random_rows
 
 from hylra_gguf import measure
@@ -12,7 +13,7 @@ from hylra_gguf.collect import Collector, SampledRow
 from hylra_gguf.measure import Budget
 from hylra_gguf.profile_data import array_shapes
 
-BUDGET, BLOCKS, POSITIONS = Budget([10, 20], 1, 4), [1, 16], (150, 170, 191)
+BUDGET, BLOCKS, POSITIONS = Budget([10, 20, 140], 1, 4), [1, 16, 32, 64, 128], (150, 170, 191)
 HELDOUT = np.array([False, True, False])
 
 
@@ -57,6 +58,19 @@ def test_pairs_equal_plain_sets(k, block_size):
                 assert arrays[f"{key}.heldout"][i, j] == pytest.approx(values[1], abs=1e-5)
                 assert arrays[f"{key}.low"][i, j] == pytest.approx(np.quantile(values, 0.1), abs=1e-5)
             assert not np.tril(arrays[f"recall.layer.{k}.{block_size}.fit"], -1).any()
+
+
+@pytest.mark.parametrize("k", BUDGET.top_k)
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_overlap_is_told_without_the_forced_cells_too(k, block_size):
+    profile = make_profile(np.ones((3, 3)), top_k=BUDGET.top_k, block_sizes=BLOCKS, sink_tokens=1, recent_tokens=4, samples=3,
+                           heldout_samples=1, arrays=collect().arrays(HELDOUT))
+    found = [profile.matrix(name, k, block_size) for name in ("overlap", "overlap_free")]
+    for i, j in ((0, 1), (0, 2), (1, 2), (1, 1)):
+        both = [set(plain(i, sample, k, block_size)[1][0]) & set(plain(j, sample, k, block_size)[1][0]) for sample in range(3)]
+        free = [cells - set(BUDGET.forced(POSITIONS[sample] + 1)) for sample, cells in enumerate(both)]
+        assert found[0][i, j] == pytest.approx(np.mean([len(cells) for cells in both]) / k)
+        assert found[1][i, j] == pytest.approx(np.mean([len(cells) for cells in free]) / (k - 5))
 
 
 @pytest.mark.parametrize("k", BUDGET.top_k)

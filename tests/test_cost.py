@@ -14,6 +14,7 @@ from hylra_gguf.cost import CostModel
 from hylra_gguf.errors import HylraError
 from hylra_gguf.policy import Policy
 from hylra_gguf.profile_data import model_identity
+from architectures import ARCHITECTURES, write_architecture
 from profiles import make_profile
 from support import write_tiny_model
 from test_plan import GEMMA, line
@@ -40,6 +41,7 @@ def test_stock_is_the_faster_arm(depth, expected_s):
     ({}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 0.1e-6 * 8000 + 3 * 1000e-6),
     ({"sparse_select": (1, 0, 0, 0, 0, 0, 0, 0)}, 2000, 0.012 + 5 * 0.5e-6 * 2000 + 0.1e-6 * 2000 + 3 * 1000e-6),  # not yet
     ({"sparse_select": (1, 0, 0, 0, 0, 0, 0, 0)}, 8000, 0.012 + 4 * 0.5e-6 * 8000 + 0.3e-6 * 8000 + 4 * 1000e-6),
+    ({"layer_source": (0, 0, 2, 0, -1, -1, -1, -1)}, 8000, 0.012 + 6 * 0.5e-6 * 8000 + 0.1e-6 * 8000 + 2 * 1000e-6),  # layer 2 its own source: dense
     ({"top_k_fraction": 0.5}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 0.1e-6 * 8000 + 3 * 4000e-6),
     ({"layer_source": (0, 0, 2, 2, 2, -1, -1, -1), "layer_mode": (1, 2, 1, 2, 2, 0, 0, 0),
       "layer_top_k": (500, 0, 1000, 0, 0, 0, 0, 0)}, 8000, 0.012 + 5 * 0.5e-6 * 8000 + 2 * 0.1e-6 * 8000 + 2500e-6),
@@ -150,3 +152,14 @@ def test_the_measurement_on_a_tiny_model_gives_a_cost_model_of_it(tmp_path, monk
     path = str(write_tiny_model(tmp_path / "tiny.gguf"))
     found = cost.measure(path, make_profile(line(4), identity=model_identity(path)), 1)
     assert found.layer_count == 4 and set(found.stock) == {"stock-fa1", "stock-fa0"} and found.stock_s(600) > 0
+
+
+@pytest.mark.parametrize("name", ["lfm2 (hybrid)", "jamba (hybrid)", "falcon-h1 (attention beside Mamba)"])
+def test_models_with_recurrent_layers_are_measured_too(name, tmp_path, monkeypatch):
+    """Their state has no past: the measurement keeps it at every depth that it goes back to."""
+    monkeypatch.setattr(cost, "DEPTHS_TOKENS", (300, 600))
+    a = ARCHITECTURES[name]
+    path, able = str(write_architecture(tmp_path / "m.gguf", a)), [kind == "a" for kind in a.layers]
+    profile = make_profile(line(len(able)), able, heads=a.head_kv_count, identity=model_identity(path))
+    found = cost.measure(path, profile, 1)
+    assert found.layer_count == sum(able) and found.policy_s(cost.probes(profile)["full"], able, 600) > 0

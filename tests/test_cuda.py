@@ -7,7 +7,6 @@ without a GPU is in test_kernels.py (radix selection), test_cuda_plan.py (launch
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 
 import gguf
@@ -17,6 +16,7 @@ from gguf.quants import dequantize
 from support import Session, full_like, policy, random_tokens, silence, write_tiny_model
 
 from hylra_gguf import engine
+from hylra_gguf.bench import gpu_names
 from hylra_gguf.session import Model
 from hylra_gguf.texts import calibration_text
 
@@ -26,14 +26,13 @@ silence(api)
 
 
 def gpu_count() -> int:
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return len(gpu_names())
 
 
 def has_gpu() -> bool:
     return gpu_count() > 0 and bool(api.llama_supports_gpu_offload())
 
 
-os.environ["HYLRA_DEVICE_MIN_CONTEXT"] = "0"  # the tiny model's caches are too short to gain on a GPU
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="no CUDA device, or a library without CUDA")
 
 N_PAST, N_STEPS, ON_GPU = 700, 12, dict(n_gpu_layers=99)
@@ -71,6 +70,12 @@ def assert_close(gpu, cpu, dense, apart=0.0):
     """Matrix products differ too (TF32 on a GPU), and this model is sharp: what counts is the error beside what the policy itself changes
     and, for quantised caches, beside how far apart dense predictions of the two backends are."""
     assert divergence(gpu, cpu) < max(1e-4, divergence(cpu, dense) / 20, 2 * apart)
+
+
+@pytest.fixture(autouse=True)
+def caches_of_any_length(monkeypatch):
+    """The tiny model's are too short to gain on a GPU."""
+    monkeypatch.setenv("HYLRA_DEVICE_MIN_CONTEXT", "0")
 
 
 @pytest.fixture(scope="module")
@@ -256,12 +261,11 @@ def f32_copy(model: str, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real_models(tmp_path_factory):
-    model = os.environ["HYLRA_TEST_MODEL"]
+def real_models(needle_model, tmp_path_factory):
+    model = str(needle_model)
     return {"as it is": model, "F32": str(f32_copy(model, tmp_path_factory.mktemp("f32") / "f32.gguf"))}
 
 
-@pytest.mark.skipif(not os.environ.get("HYLRA_TEST_MODEL"), reason="HYLRA_TEST_MODEL names no model file")
 @pytest.mark.parametrize("depth", [1500, 6000])
 @pytest.mark.parametrize("weights", ["as it is", "F32"])
 def test_a_real_model(real_models, weights, depth):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +109,10 @@ def test_kernels_compile_for_turing_and_hopper(tmp_path, source):
     for arch in ("sm_75", "sm_90"):
         subprocess.run(["nvcc", "-std=c++17", f"-arch={arch}", f"-I{SOURCES}", f"-I{ggml_headers()}", "-c", str(SOURCES / source), "-o", str(tmp_path / "k.o")],
                        check=True)
+
+
+def test_collecting_the_gpu_tests_changes_nothing_for_the_others(monkeypatch):
+    monkeypatch.delitem(sys.modules, "test_cuda", raising=False)
+    before = dict(os.environ)
+    importlib.import_module("test_cuda")
+    assert dict(os.environ) == before

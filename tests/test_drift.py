@@ -43,6 +43,18 @@ def test_the_first_reuse_layer_keeps_what_was_planned_and_later_ones_drift(tiny,
     assert any(row["drift_high"] - row["drift_low"] > 1e-3 for row in rows[1:])
 
 
+@pytest.mark.parametrize("layer_top_k", [(600, 300, 0, 0), (300, 600, 0, 0), None])
+def test_a_reuse_layer_is_planned_at_the_budget_of_its_source(tiny, layer_top_k):
+    rows = drift.measure_drift(tiny, policy_of((1, 1, 2, 2), (0, 1, 1, 0), top_k=600, layer_top_k=layer_top_k), TEXTS, OPTIONS)
+    assert rows[0]["in_chain"] == pytest.approx(rows[0]["planned"], abs=2e-3)
+
+
+def test_a_layer_that_is_its_own_source_has_a_row_too(tiny):
+    rows = drift.measure_drift(tiny, policy_of((1, 2, 2, 2), (0, 1, 0, 0)), TEXTS, OPTIONS)
+    assert [(row["layer"], row["source"]) for row in rows] == [(1, 1), (2, 0), (3, 0)]
+    assert rows[0]["in_chain"] == pytest.approx(rows[0]["planned"], abs=2e-3) and rows[0]["planned"] > max(row["planned"] for row in rows[1:])
+
+
 def test_planned_recall_is_that_of_a_profile_of_the_same_rows(tiny, monkeypatch):
     """Two code paths: rows of a decode and of a prefill"""
     rows = drift.measure_drift(tiny, policy_of(), TEXTS, OPTIONS)
@@ -92,11 +104,6 @@ def test_a_memory_that_cannot_go_back_is_one_line(tiny, monkeypatch):
     monkeypatch.setattr(llama_cpp, "llama_memory_seq_rm", lambda *_: False)
     with pytest.raises(HylraError, match="cannot be rewound to"):
         drift.measure_drift(tiny, policy_of(), TEXTS, OPTIONS)
-
-
-def test_top_k_of_a_share_of_the_cache():
-    policy = policy_of(top_k=300, top_k_fraction=0.25)
-    assert [drift.budget_at(policy, n_kv) for n_kv in (512, 1201, 8192)] == [300, 301, 2048]
 
 
 def test_the_dense_choice_is_sorted_out_by_block(tiny):

@@ -19,7 +19,7 @@ from hylra_gguf.divergence import Judge
 from hylra_gguf.errors import PolicyError
 from hylra_gguf.eval_arms import Reference, greedy, make_arms, move_state, teacher_forced
 from hylra_gguf.gguf_header import write_policy
-from hylra_gguf.policy import FULL, REUSE, SELECT, Policy, read_policy
+from hylra_gguf.policy import REUSE, SELECT, Policy, read_policy
 from hylra_gguf.session import Context, Model
 
 DEPTH, N = 600, 21

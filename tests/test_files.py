@@ -14,7 +14,8 @@ import time
 
 import pytest
 from kill_campaign import Campaign
-from test_gguf_header import LONGER, POLICY, raising, sha256, write_model
+from test_gguf_header import LONGER, POLICY, sha256, write_model
+from test_gguf_writing import raising
 
 from hylra_gguf import files
 from hylra_gguf.errors import ModelFileError

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import pytest
-
 from hylra_gguf.cli import main
-from hylra_gguf.demo import cache_dir
 from hylra_gguf.policy import FULL, REUSE, SELECT, Policy
 
-NAME = "SmolLM2-135M-Needle-32K.Q4_1.gguf"
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "accuracy" / "needle-8k.json"
 MODES = {"F": FULL, "S": SELECT, "R": REUSE}
-
-
-def needle_model() -> Path:
-    path = Path(os.environ.get("HYLRA_NEEDLE_MODEL") or cache_dir() / NAME)
-    if not path.exists():
-        pytest.skip(f"no {path}: put {NAME} there or name it in HYLRA_NEEDLE_MODEL; tools/needle_model/train.py makes such a model")
-    return path
 
 
 def policy_of(row: dict) -> Policy:
@@ -31,11 +19,10 @@ def policy_of(row: dict) -> Policy:
                   sink_tokens=row["sink"], min_context=row["min_context"], sparse_select=[int(mode == SELECT) for mode in modes])
 
 
-def test_the_default_policy_finds_the_needles(tmp_path, capsys):
+def test_the_default_policy_finds_the_needles(needle_model, tmp_path, capsys):
     row = next(one for one in json.loads(RESULT.read_text())["rows"] if one["arm"] == "hylra")
-    model = needle_model()
     policy_of(row).save(tmp_path / "default.json")
-    line = f"eval {model} -d 4608 --docs 1 --questions 12 --following 17 --time 0 --tasks single,facts,multikey --haystack noise"
+    line = f"eval {needle_model} -d 4608 --docs 1 --questions 12 --following 17 --time 0 --tasks single,facts,multikey --haystack noise"
     assert main([*line.split(), "--arms", "hylra", "--policy", str(tmp_path / "default.json"), "-o", "json", "--no-progress"]) == 0
     dense, hylra = json.loads(capsys.readouterr().out)["rows"]
     assert hylra["sparse_steps"] > 0 and hylra["reads"] < 0.8

@@ -76,11 +76,6 @@ def test_top_k_defaults_to_the_largest_profiled_up_to_2048(asked, chosen):
     assert plan.plan_policy(make_profile(line(4), top_k=(512, 2048, 4096))).top_k == 2048
 
 
-@pytest.mark.parametrize("layers, text", [([], "none"), ([0], "0"), ([0, 1], "0 1"), ([0, 1, 2, 5, 7, 8, 9], "0-2 5 7-9")])
-def test_ranges(layers, text):
-    assert plan.ranges(layers) == text
-
-
 @pytest.mark.parametrize("options, words", [
     ({"theta": math.nan}, "--theta nan"),
     ({"theta": 0.0}, "--theta 0.0"),
@@ -150,6 +145,13 @@ def test_the_low_quantile_is_what_theta_is_compared_with():
     assert dense_count(plan.plan_policy(profile, theta=0.9, statistic="low")) == 8
 
 
+@pytest.mark.parametrize("similarity, theta, dense", [("recall", 0.9, 3), ("overlap", 0.9, 8), ("overlap", 0.45, 3)])
+def test_theta_is_compared_with_the_similarity_that_was_asked_for(similarity, theta, dense):
+    policy = plan.plan_policy(make_profile(line(8)), theta=theta, similarity=similarity)  # every overlap is half the recall
+    assert (dense_count(policy), policy.similarity) == (dense, similarity)
+    assert policy.overlap[1] == pytest.approx(0.93 if similarity == "recall" else 0.465)
+
+
 @pytest.mark.parametrize("flags, layers, sparse", [
     ({}, "SRFS", (1, 0, 0, 1)),  # layer 2 is sensitive; layer 3 has no source, and its own cells do for it
     ({"select": "sparse"}, "SRFS", (1, 0, 0, 1)),
@@ -164,6 +166,11 @@ def test_dense_layers_attend_to_their_own_selection_unless_they_are_sensitive(fl
     policy = plan.plan_policy(make_profile(similarity, sensitivity=[0.01, 0.01, 0.2, 0.01]), **{"strategy": "count", **flags},
                               **({} if "strategy" in flags else {"count": 3}))
     assert (policy.layer_map(), policy.sparse_select) == (layers, sparse)
+
+
+@pytest.mark.parametrize("bound, calm", [(0.1, [True, True, False, False]), (math.inf, [True, True, True, False]), (-math.inf, [False] * 4)])
+def test_a_layer_that_was_not_measured_is_never_calm(bound, calm):
+    assert plan.calm_layers([0.0, 0.1, 0.2, math.nan], bound).tolist() == calm
 
 
 def test_importance_decides_which_layers_reuse():

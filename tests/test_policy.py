@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hylra_gguf.errors import HylraError, PolicyError
-from hylra_gguf.policy import FULL, REUSE, SELECT, Policy
+from hylra_gguf.policy import FULL, REUSE, SELECT, Policy, ranges
 
 PLAIN = dict(layer_mode=(1, 2, 0, 1, 2, 2), layer_source=(0, 0, -1, 3, 3, 0), head_kv_count=2)
 MEASURED = {"kld": 0.005, "speedup_8192": 2.5, "model_sha256": "0f" * 32}
@@ -37,7 +37,7 @@ def test_sparse_select_layers_survive_json_and_gguf_and_are_shown():
     policy = Policy(**SPARSE)
     assert policy.to_gguf()["hylra.sparse_select"] == ("u32[]", [1, 0, 0, 0, 0, 0])
     assert Policy.from_gguf_kv(policy.to_gguf()) == Policy.from_dict(json.loads(policy.to_json())) == policy
-    assert "| sparse select | 0 " in policy.describe() and "sparse select" not in Policy(**PLAIN).describe()
+    assert "| sparse select | 0 " in policy.describe() and all("sparse select" not in Policy(**{**PLAIN, "sparse_select": none}).describe() for none in (None, (0,) * 6))
 
 
 @pytest.mark.parametrize("n_kv, cells, saved", [(8192, [1024], 0.375), (2049, [1024], 0.5 - 1024 / 2049), (2048, [], 0)])
@@ -47,6 +47,11 @@ def test_a_sparse_select_layer_saves_half_but_for_its_cells(n_kv, cells, saved):
     for policy in (dense, sparse):
         object.__setattr__(policy, "min_context", 0)
     assert sparse.reads_saved(n_kv) - dense.reads_saved(n_kv) == pytest.approx(saved / 6)
+
+
+def test_top_k_of_a_share_of_the_cache():
+    policy = Policy(**PLAIN, top_k=300, top_k_fraction=0.25)
+    assert [policy.cells_of(0, n_kv) for n_kv in (512, 1201, 8192)] == [300, 301, 2048]
 
 
 def test_budgets_per_layer_count_in_the_reads_saved():
@@ -263,6 +268,16 @@ def test_layer_map_and_summary():
     assert "| HyLRA       | off: hylra.enabled is false |" in Policy(**RICH).describe()
 
 
+@pytest.mark.parametrize("layers, text", [([], "none"), ([0], "0"), ([0, 1], "0 1"), ([0, 1, 2, 5, 7, 8, 9], "0-2 5 7-9")])
+def test_ranges(layers, text):
+    assert ranges(layers) == text
+
+
+def test_the_plan_and_what_is_shown_of_it_write_layers_the_same_way():
+    policy = Policy((1, 2, 2, 1, 2, 1), (0, 0, 0, 3, 3, 5), 2, sparse_select=(1, 0, 0, 1, 0, 1))
+    assert "| 0 > 1 2, 3 > 4 " in policy.describe() and "| sparse select | 0 3 5 " in policy.describe()
+
+
 @pytest.mark.parametrize("changes, n_kv, expected", [
     ({}, 4095, 0.0),
     ({}, 4096, 3 / 6 * (1 - 2048 / 4096)),
@@ -272,9 +287,10 @@ def test_layer_map_and_summary():
     (dict(min_context=0), 1000, 0.0),
     (dict(min_context=0), 0, 0.0),
     (dict(enabled=False), 16384, 0.0),
+    (dict(layer_source=(0, 0, -1, 3, 4, 0)), 16384, 2 / 6 * (1 - 2048 / 16384)),  # layer 4 is its own source
 ])
 def test_reads_saved(changes, n_kv, expected):
-    assert Policy(**PLAIN, **changes).reads_saved(n_kv) == pytest.approx(expected)
+    assert Policy(**{**PLAIN, **changes}).reads_saved(n_kv) == pytest.approx(expected)
 
 
 LINE = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=20)

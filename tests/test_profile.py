@@ -222,7 +222,7 @@ def test_a_failed_decode_is_one_line(tiny, monkeypatch):
 @pytest.mark.parametrize("change, words", [
     ({"type_kv": "q5_1"}, "-ctk q5_1: expected one of f16 q4_0 q8_0 bf16"), ({"type_kv": "f32"}, "-ctk f32: expected one of f16"),
     ({"type_kv": "q8_0/q5_1"}, "-ctv q5_1: expected one of f16 q4_0 q8_0 bf16"),
-    ({"block_sizes": (8,)}, "--block-sizes 8: expected 1, or 16 to 128"),
+    ({"block_sizes": (8,)}, "--block-sizes 8: expected 1 16 32 64 128"), ({"block_sizes": (1, 48)}, "--block-sizes 48: expected 1 16 32 64 128"),
     ({"contexts": [1 << 20]}, r"-c 1048576: beyond the \d+ tokens that this model was trained for; lower -c"),
     ({"contexts": [4096]}, "one: 2048 tokens, shorter than the context of 4096; lower -c or give a longer text"),
     ({"contexts": [40]}, "-c 40: too short to profile"), ({"samples": 0}, "--samples 0"), ({"top_k": [200]}, "top_k 200 is below the 260"),

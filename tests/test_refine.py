@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,19 @@ def test_layers_without_evidence_stay_full():
     start = policy([0, 0, -1, 3, 3, 3], overlap=evidence.ravel().tolist())
     for _, p in refine.neighbours(start, DEPTH, refine.reads(start, DEPTH)):
         assert p.layer_mode[2] == FULL and 2 not in p.layer_source
+
+
+@pytest.mark.parametrize("sensitivity, sparse", [
+    (None, (1, 0, 0, 1, 0, 0)),  # nobody measured layer 4: it attends to all cells when it selects
+    ((0.01,) * 4 + (0.1, 0.01), (1, 0, 0, 1, 1, 0)),
+    ((0.01,) * 4 + (0.2, 0.01), (1, 0, 0, 1, 0, 0)),
+    ((0.9,) * 6, (1, 0, 0, 1, 0, 0)),  # as planned with another bound
+])
+def test_a_new_select_layer_is_sparse_only_if_it_was_measured_to_be_calm(sensitivity, sparse):
+    start = policy([0, 0, 0, 3, 3, 3], sparse_select=(1, 0, 0, 1, 0, 0), sensitivity=sensitivity)
+    found = refine.with_sources(start, [0, 0, 0, 3, 4, 4])
+    assert (found.layer_map(), found.sparse_select) == ("SRRSSR", sparse)
+    assert refine.with_sources(replace(start, sparse_select=None), [0, 0, 0, 3, 4, 4]).sparse_select is None
 
 
 @pytest.mark.parametrize("flags, words", [

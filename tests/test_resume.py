@@ -12,10 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from support import random_tokens
 from test_profile import SMALL, TEXTS, tiny  # noqa: F401
 
-from hylra_gguf import resume
+from hylra_gguf import profile, resume
 from hylra_gguf.errors import ProfileError
 from hylra_gguf.forward import Forward
 from hylra_gguf.profile import Options, profile_model
@@ -128,6 +127,15 @@ def test_progress_of_other_settings_is_refused(tiny, tmp_path, texts_now, change
     profile_model(tiny, TEXTS, SMALL, output)
     with pytest.raises(ProfileError, match=f"p.json.part: begun with .*{words.split('begun with ')[-1]}"):
         profile_model(tiny, texts_now, Options(**{**vars(SMALL), **change}), output)
+
+
+def test_progress_of_another_version_is_refused(tiny, tmp_path, monkeypatch):
+    output = str(tmp_path / "p.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(profile, "PROFILE_VERSION", 1)
+        profile_model(tiny, TEXTS, SMALL, output)
+    with pytest.raises(ProfileError, match="p.json.part: begun with another version"):
+        profile_model(tiny, TEXTS, SMALL, output)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"[]"])

@@ -34,7 +34,8 @@ LIBFUZZER = ("-O2", "-g", *SANITIZERS, "-fsanitize=fuzzer")
 MAX_INPUT_BYTES = {"policy": 1024, "header": 2048}
 INSTRUMENTED = ("import os, sys, atheris\n"
                 "sys.argv[0] = os.environ['HYLRA_FUZZ_SELF']\n"  # libFuzzer starts itself again to merge
-                "with atheris.instrument_imports(include=['hylra_gguf.gguf_header', 'hylra_gguf.policy', 'hylra_gguf.files']):\n"
+                "modules = ['gguf_header', 'gguf_reader', 'policy', 'policy_values', 'files']\n"
+                "with atheris.instrument_imports(include=[f'hylra_gguf.{name}' for name in modules]):\n"
                 "    import header_target\n"
                 "header_target.main()\n")
 

@@ -5,6 +5,7 @@
 #
 # Results go to $HYLRA_GPU_OUT (default docs/cuda), models of random weights (45 GB) to $HYLRA_GPU_WORK (default /tmp/hylra-gpu). `bench` with four
 # sequences of 131072 tokens needs a card of 96 GB. HYLRA_CUDA_ARCHITECTURES: for which cards (default native); HYLRA_LLAMA_CPP_SOURCE: see CMakeLists.txt.
+# `test` decodes a real model too where HYLRA_NEEDLE_MODEL names one (tests/conftest.py).
 # With LLAMA_CPP_LIB_PATH set, that library is taken and nothing is built; it has check-cuda and bench-cuda beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
