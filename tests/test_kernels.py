@@ -184,6 +184,15 @@ def test_gather(case, lists, isa):
     np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("isa", HERE)
+def test_every_f16_number_is_read_exactly(isa):
+    """One visible cell has weight 1, so the output is its V: subnormal numbers, infinities and NaN too."""
+    problem = Problem(n_kv=1, group=1, n_head_kv=128, n_embd_k=64, n_embd_v=256, n_stream=2)
+    problem.v_raw[:] = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(problem.v_raw.shape)
+    want = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(problem.run(isa)[0].ravel(), want)
+
+
 def test_no_visible_cell_gives_zeros():
     problem = Problem(n_kv=100)
     problem.mask[:] = -np.inf
