@@ -63,8 +63,8 @@ def plan_policy(profile: Profile, strategy: str = "hylra", *, top_k: int | None 
     problem = make_problem(view, top_k, bound, weights)
     plan = strategies.choose(strategy, problem, **own)
     calm = calm_layers(view.sensitivity(top_k), sparse_bound(select, max_sensitivity, strategy))
-    if strategy in SOLVED:
-        plan = replace(plan, sources=own_cells(plan.sources, problem.eligible & calm))
+    alone = problem.eligible if strategy in SOLVED else np.isin(np.arange(len(calm)), named_selects(own))
+    plan = replace(plan, sources=own_cells(plan.sources, alone & calm))
     ks = select_budgets(view, plan, top_k, sink + recent, bound) if budgets else {layer: top_k for layer in selects_of(plan.sources)}
     top_k = max(ks.values(), default=top_k)
     return Policy(
@@ -149,6 +149,11 @@ def edge_weights(profile: Profile, weights: str | None, eligible: np.ndarray) ->
 
 
 # -- from the plan to the policy --------------------------------------------------------------------------------------
+
+
+def named_selects(own: dict) -> list[int]:
+    """Layers that the user wants to select, though nobody may take their cells: with --select sparse they attend to them themselves."""
+    return [*(own.get("layers") or ()), *(layer for layer, source in enumerate(own.get("sources") or ()) if source == layer)]
 
 
 def own_cells(sources: Sequence[int], calm: Sequence[bool]) -> list[int]:

@@ -159,6 +159,10 @@ def test_theta_is_compared_with_the_similarity_that_was_asked_for(similarity, th
     ({"max_sensitivity": 0.5}, "SRSS", (1, 0, 1, 1)),
     ({"strategy": "explicit", "layers": [0, 2]}, "SRSR", None),
     ({"strategy": "explicit", "layers": [0, 2], "select": "sparse"}, "SRSR", (1, 0, 0, 0)),
+    ({"strategy": "explicit", "layers": [0, 1, 2, 3], "select": "sparse"}, "SSFS", (1, 1, 0, 1)),  # as Quest: each its own cells
+    ({"strategy": "explicit", "layers": [0, 1, 2, 3]}, "FFFF", None),
+    ({"strategy": "explicit", "sources": [0, 1, -1, 3], "select": "sparse"}, "SSFS", (1, 1, 0, 1)),
+    ({"strategy": "explicit", "sources": [-1, -1, -1, -1], "select": "sparse"}, "FFFF", None),
 ])
 def test_dense_layers_attend_to_their_own_selection_unless_they_are_sensitive(flags, layers, sparse):
     similarity = np.zeros((4, 4))
