@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import cuda_tables
+import domains
 import kernel_rows
 import trust_tables
 from accuracy_tables import rendered
@@ -49,3 +50,8 @@ def test_tables_of_cuda_are_the_committed_results(make):
 
 def test_the_table_of_one_layer_is_the_committed_result():
     assert kernel_rows.table(json.loads((ROOT / "docs" / "kernels.json").read_text())) in (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_the_matrix_of_texts_is_the_committed_result():
+    data = json.loads((ROOT / "docs" / "domains.json").read_text())
+    assert domains.to_md(data) + "\n" == (ROOT / "docs" / "domains.md").read_text()
