@@ -130,11 +130,21 @@ class Examiner:
                 for name, one in sittings.items()}
 
 
+@contextlib.contextmanager
+def sparse_on_any_device(name: str = "HYLRA_DEVICE_MIN_CONTEXT") -> Iterator[None]:
+    """What a policy loses is asked, also where a GPU would not gain; a wish of the user stays."""
+    given = os.environ.get(name)
+    os.environ[name] = given or "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if given is None else os.environ.update({name: given})
+
+
 def records(args, arms: list[Arm], report: Callable[[str], None]) -> Iterator[Record]:
     """The facts of the model, then one record per document as soon as it is done; no document begins when the time is over."""
     end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
-    os.environ.setdefault("HYLRA_DEVICE_MIN_CONTEXT", "0")  # what a policy loses is asked, also where a GPU would not gain
-    with Model(args.model, args.n_gpu_layers) as model, contextlib.ExitStack() as stack:
+    with sparse_on_any_device(), Model(args.model, args.n_gpu_layers) as model, contextlib.ExitStack() as stack:
         examiner = Examiner(model, arms, args, stack)
         yield facts_of_model(model)
         for depth in sorted(set(args.n_depth)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -167,6 +168,16 @@ def own(smollm2, tmp_path_factory):
                    min_context=256)
     write_policy(smollm2, lossy, path)
     return path
+
+
+@pytest.mark.parametrize("given, within", [(None, "0"), ("", "0"), ("300", "300")])
+def test_the_device_rule_is_off_while_eval_runs_and_no_longer(monkeypatch, given, within):
+    monkeypatch.delenv("HYLRA_DEVICE_MIN_CONTEXT", raising=False)
+    if given is not None:
+        monkeypatch.setenv("HYLRA_DEVICE_MIN_CONTEXT", given)
+    with eval_command.sparse_on_any_device():
+        assert os.environ["HYLRA_DEVICE_MIN_CONTEXT"] == within
+    assert os.environ.get("HYLRA_DEVICE_MIN_CONTEXT") == given
 
 
 def test_the_whole_command(own, tmp_path, capsys, monkeypatch):
