@@ -8,7 +8,13 @@ from typing import Iterator
 
 
 class HylraError(Exception):
-    """The command line prints it as one line and exits with 2; a traceback appears only with -v."""
+    """The command line prints it as one line and exits with 2; a traceback appears only with -v.
+
+    Messages quote files and flags of any content: what cannot be printed stands there escaped, so that a line stays one.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(message)))
 
 
 class PolicyError(HylraError):

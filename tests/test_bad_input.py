@@ -132,6 +132,14 @@ def test_metadata_of_another_type_are_one_line(kind, folder, capsys):
         assert_llama_refuses("model.gguf")
 
 
+@pytest.mark.parametrize("arch, shown", [("ll\nama", "ll\\nama.block_count"), ("a\rb\x1b[2J", "a\\rb\\x1b[2J.block_count"), ("\u2028", "\\u2028.block_count")])
+def test_an_architecture_of_two_lines_is_one_line(arch, shown, folder, capsys):
+    (folder / "model.gguf").write_bytes(raw(gguf_header._encode("general.architecture", "string", arch)))
+    assert cli.main(["verify", "model.gguf"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err[:-1].isprintable() and shown in err
+
+
 # ---- policies
 
 TRASH = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=5), max_leaves=8)
