@@ -110,7 +110,7 @@ def fuzz(command: list[str], target: str, runs: int, folder: Path) -> tuple[int,
     (folder / "found").mkdir()
     flags = [f"-runs={runs}", f"-max_len={MAX_INPUT_BYTES[target]}", "-print_final_stats=1", f"-artifact_prefix={folder}/", "-rss_limit_mb=4096"]
     paths = [str(folder / "found"), str(folder / "start")]
-    done = subprocess.run([*command, *flags, *paths], stderr=subprocess.PIPE, text=True, errors="replace", env=environment())
+    done = subprocess.run([*command, *flags, *paths], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, errors="replace", env=environment())
     return done.returncode, done.stderr
 
 
@@ -122,7 +122,7 @@ def minimise(command: list[str], target: str, folder: Path) -> int:
     (folder / "small").mkdir()
     flags = ["-merge=1", f"-max_len={MAX_INPUT_BYTES[target]}"]
     paths = [str(folder / name) for name in ("small", "found", "start")]
-    subprocess.run([*command, *flags, *paths], check=True, stderr=subprocess.DEVNULL, env=environment())
+    subprocess.run([*command, *flags, *paths], check=True, stdout=sys.stderr, stderr=subprocess.DEVNULL, env=environment())
     return pack(target, folder / "small")
 
 
