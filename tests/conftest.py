@@ -26,5 +26,5 @@ def needle_model() -> Path:
     name = "SmolLM2-135M-Needle-32K.Q4_1.gguf"
     path = Path(os.environ.get("HYLRA_NEEDLE_MODEL") or cache_dir() / name)
     if not path.exists():
-        pytest.skip(f"no {path}: put {name} there or name it in HYLRA_NEEDLE_MODEL; tools/needle_model/train.py makes such a model")
+        pytest.skip(f"no {path}: put {name} there or name it in HYLRA_NEEDLE_MODEL; tools/needle_model/train.py is the recipe")
     return path
