@@ -36,11 +36,11 @@ int main() {
         const hylra_cuda_plan p = hylra_cuda_plan_of(a, n, listed, scores_only);
         const hylra_cuda_layout l = hylra_cuda_layout_of(a, p, listed ? 0 : heads_kv);
         const long rows = long(a.n_head)*tokens*streams, groups = listed ? 0 : long(p.n_group)*heads_kv*streams;
-        const bool columns = p.n_group*8 >= p.n_column && (p.n_block_column - 1)*(p.split ? 4 : p.wide)*8 < p.n_column;
+        const bool columns = p.n_group*8 >= p.n_column && p.n_word*2 >= (p.n_group == 1 ? p.n_column : 8) && (p.n_block_column - 1)*(p.split ? 4 : p.wide)*8 < p.n_column;
         const bool cells   = p.n_chunk >= 1 && p.n_chunk <= HYLRA_CUDA_MAX_CHUNKS && long(p.n_chunk)*p.chunk_cells >= n && long(p.n_chunk - 1)*p.chunk_cells < n;
         const bool tiles   = p.chunk_cells % (p.split ? 16 : 64) == 0 && !(p.split && p.wide > 1);
         const bool order   = l.norms >= size_t(scores_only ? 0 : rows*p.n_chunk*size[1]*4) && l.totals - l.norms >= size_t(rows*p.n_chunk*8) && l.peaks - l.totals >= size_t(rows*8) &&
-                             l.weights - l.peaks >= size_t(groups*((n_kv + 15)/16)*32) && l.bins - l.weights >= size_t(groups*n_kv*16) && l.size >= l.bins;
+                             l.weights - l.peaks >= size_t(groups*((n_kv + 15)/16)*32) && l.bins - l.weights >= size_t(groups*n_kv*p.n_word*4) && l.size >= l.bins;
         const bool aligned = (l.norms | l.totals | l.peaks | l.weights | l.bins) % 128 == 0;
         if (!(columns && cells && tiles && order && aligned)) {
             printf("size %d/%d group %d heads_kv %d tokens %d streams %d n_kv %d listed %d: columns %d cells %d tiles %d order %d aligned %d\n",
@@ -103,7 +103,7 @@ def test_from_which_length_on_a_layer_gains_on_a_gpu(tmp_path, shape, n_kv, over
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("source", ["hylra-cuda.cu", "hylra-cuda-select.cu", "hylra-cuda-choose.cu", "hylra-cuda-q8_0.cu"])
+@pytest.mark.parametrize("source", ["hylra-cuda.cu", "hylra-cuda-select.cu", "hylra-cuda-choose.cu", "hylra-cuda-cluster.cu", "hylra-cuda-q8_0.cu"])
 def test_kernels_compile_for_turing_and_hopper(tmp_path, source):
     """A type stands for all: the kernels of one template. Continuous integration has no nvcc and skips this."""
     for arch in ("sm_75", "sm_90"):

@@ -2,12 +2,16 @@
 // ggml's CUDA backend (-DHYLRA_BENCH_STOCK), llama.cpp's own flash attention. Prints one JSON array.
 //
 //   bench-cuda [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 8192,65536] [--streams 1] [--top-k 2048] [--type f16] [--repetitions 30]
-//              [--mla 1]   heads of 576/512 whose V lies in K (DeepSeek); one KV head
+//              [--mla 1]       heads of 576/512 whose V lies in K (DeepSeek); one KV head
+//              [--lists 1]     lists of cells, one per KV head if not said
+//              [--cluster 0]   choose as on cards before Hopper, with one block per row
 //
 // A graph runs enough layers with caches of their own that the second-level cache cannot hold them. Times are microseconds per layer, medians.
 #include "cuda_tools.cuh"
 
 #include "hylra-meters.h"
+
+#include <cuda_fp16.h>
 
 #ifdef HYLRA_BENCH_STOCK
 #    include "ggml-alloc.h"
@@ -27,7 +31,8 @@ struct options {
     int heads = 32, kv_heads = 8, head_size = 128, streams = 1, top_k = 2048, repetitions = 30;
     std::vector<int> n_kv = { 8192, 32768, 65536, 131072 };
     ggml_type type = GGML_TYPE_F16;
-    bool mla = false;
+    int lists = 0; // that a select layer pools into; 0: one per KV head
+    bool mla = false, cluster = true;
 
     int head_size_v() const { return mla ? 512 : head_size; }
 };
@@ -86,10 +91,33 @@ double copy_bandwidth(int repetitions) {
     return 2.0*bytes/us*1e6;
 }
 
+// Values that never repeat, nearly normal, as halves or blocks of Q8_0: repeated rows would score alike, which no text does.
+__global__ void fill_kernel(uint16_t * out, size_t n, bool q8_0, unsigned seed) {
+    for (size_t i = size_t(blockIdx.x)*blockDim.x + threadIdx.x; i < n; i += size_t(gridDim.x)*blockDim.x) {
+        unsigned long long x = (i + 1)*0x9E3779B97F4A7C15ull ^ (seed*0xBF58476D1CE4E5B9ull);
+        x = (x ^ x >> 30)*0xBF58476D1CE4E5B9ull;
+        x = (x ^ x >> 27)*0x94D049BB133111EBull;
+        const int sums[2] = { int(x & 63) + int(x >> 6 & 63) + int(x >> 12 & 63) + int(x >> 18 & 63) - 126, int(x >> 24 & 63) + int(x >> 30 & 63) + int(x >> 36 & 63) + int(x >> 42 & 63) - 126 };
+        const bool is_scale = q8_0 && i%17 == 0; // a block: half d, int8 q[32]
+        out[i] = is_scale ? __half_as_ushort(__float2half_rn(1.0f/37.0f)) : q8_0 ? uint16_t((sums[0] & 255) | (sums[1] & 255) << 8)
+                                                                         : __half_as_ushort(__float2half_rn((sums[0] + float(x >> 48)/65536.0f)/37.0f));
+    }
+}
+
 // Rows of the type, repeated to fill the buffer
 void fill_rows(const device_buffer & buffer, const std::vector<uint8_t> & rows) {
     for (size_t at = 0; at < buffer.bytes; at += rows.size()) {
         CHECK(cudaMemcpy((char *) buffer.data + at, rows.data(), std::min(rows.size(), buffer.bytes - at), cudaMemcpyHostToDevice));
+    }
+}
+
+// Random values, or rows of a type that are repeated
+void fill_cache(const device_buffer & buffer, ggml_type type, const std::vector<uint8_t> & rows, unsigned seed) {
+    if (type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0) {
+        fill_kernel<<<4096, 256>>>((uint16_t *) buffer.data, buffer.bytes/2, type == GGML_TYPE_Q8_0, seed);
+        CHECK(cudaDeviceSynchronize());
+    } else {
+        fill_rows(buffer, rows);
     }
 }
 
@@ -100,7 +128,7 @@ struct layers {
     device_buffer q, mask, cells, out, scores, forced, meters;
     std::vector<int32_t> head_list;
 
-    layers(const options & o, int n_kv) : o(o), n_kv(n_kv), n_layer(int(std::max<size_t>(2, CACHED_BYTES/cache_bytes()))), lists(o.kv_heads),
+    layers(const options & o, int n_kv) : o(o), n_kv(n_kv), n_layer(int(std::max<size_t>(2, CACHED_BYTES/cache_bytes()))), lists(o.lists ? o.lists : o.kv_heads),
         q(random_q()), mask(std::vector<uint16_t>(size_t(n_kv)*o.streams, 0)), cells(random_cells()), out(size_t(o.head_size_v())*o.heads*o.streams*4),
         scores(size_t(n_kv)*lists*o.streams*4), forced(std::vector<int32_t>(size_t(o.streams)*68, -1)), meters(std::vector<uint64_t>(size_t(lists)*o.streams*2)) {
         std::mt19937 rng(7);
@@ -108,10 +136,10 @@ struct layers {
         for (int i = 0; i < n_layer; ++i) {
             k.emplace_back(k_bytes());
             v.emplace_back(cache_bytes() - k_bytes());
-            fill_rows(k.back(), rows);
-            fill_rows(v.back(), rows);
+            fill_cache(k.back(), o.type, rows, 2*i);
+            fill_cache(v.back(), o.type, rows, 2*i + 1);
         }
-        for (int head = 0; head < o.kv_heads; ++head) { head_list.push_back(head); }
+        for (int head = 0; head < o.kv_heads; ++head) { head_list.push_back(head*lists/o.kv_heads); }
     }
 
     size_t row_bytes() const { return ggml_row_size(o.type, o.head_size); }
@@ -128,7 +156,7 @@ struct layers {
     std::vector<int32_t> random_cells() const {
         std::mt19937 rng(2);
         std::vector<int32_t> all;
-        for (int row = 0; row < o.kv_heads*o.streams; ++row) {
+        for (int row = 0; row < lists*o.streams; ++row) {
             std::vector<int32_t> cells(n_kv);
             for (int i = 0; i < n_kv; ++i) { cells[i] = i; }
             std::shuffle(cells.begin(), cells.end(), rng);
@@ -159,9 +187,15 @@ struct layers {
         return hylra_cuda_job_of(a, head_list.data(), m == REUSE ? 0 : lists, m == SCORING, scratch);
     }
 
+    bool in_cluster() const { return o.cluster && hylra_cuda_cluster_fits(n_kv, 1); }
+
     void choose(const hylra_cuda_job & job, cudaStream_t stream) const {
-        hylra_cuda_choose((const float *) scores.data, (const int32_t *) (job.scratch + job.layout.bins), n_kv, lists*o.streams,
-                          std::min(o.top_k, n_kv), 1, (int32_t *) cells.data, (hylra_meter *) meters.data, stream);
+        const int n_row = lists*o.streams, n = std::min(o.top_k, n_kv);
+        const int32_t * bins = (const int32_t *) (job.scratch + job.layout.bins);
+        if (in_cluster()) {
+            return hylra_cuda_choose_in_cluster((const float *) scores.data, bins, n_kv, n_row, n, (int32_t *) cells.data, (hylra_meter *) meters.data, stream);
+        }
+        hylra_cuda_choose((const float *) scores.data, bins, n_kv, n_row, n, 1, (int32_t *) cells.data, (hylra_meter *) meters.data, stream);
     }
 
     // Per layer; parts: how many of attend, reduce, pool, choose
@@ -241,10 +275,10 @@ void print_row(const options & o, int n_kv, double copy_bytes_per_s, bool first)
     const char * commit = getenv("HYLRA_COMMIT");
     printf("%s{\"build_commit\": \"%s\", \"gpu\": \"%s\", \"type\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_size\": %d, \"streams\": %d, \"n_kv\": %d, \"top_k\": %d, "
            "\"copy_gb_per_s\": %.0f, \"stock_us\": %.2f, \"select_us\": %.2f, \"select_attend_us\": %.2f, \"select_reduce_us\": %.2f, \"select_pool_us\": %.2f, "
-           "\"select_choose_us\": %.2f, \"reuse_us\": %.2f, \"reuse_attend_us\": %.2f, \"sparse_select_us\": %.2f, \"sparse_select_scoring_us\": %.2f, "
+           "\"select_choose_us\": %.2f, \"cluster\": %s, \"reuse_us\": %.2f, \"reuse_attend_us\": %.2f, \"sparse_select_us\": %.2f, \"sparse_select_scoring_us\": %.2f, "
            "\"select_share_of_copy\": %.3f, \"scoring_share_of_copy\": %.3f, \"reuse_share_of_copy\": %.3f}",
            first ? "[" : ",\n ", commit ? commit : "unknown", device.name, ggml_type_name(o.type), o.heads, o.kv_heads, o.head_size, o.streams, n_kv, o.top_k, copy_bytes_per_s/1e9,
-           stock, select, attend, dense - attend, pooled - dense, select - pooled, reuse, gather,
+           stock, select, attend, dense - attend, pooled - dense, select - pooled, all.in_cluster() ? "true" : "false", reuse, gather,
            scored + reuse, scoring, all.cache_bytes()/attend*1e6/copy_bytes_per_s, all.k_bytes()/scoring*1e6/copy_bytes_per_s, all.listed_bytes()/reuse*1e6/copy_bytes_per_s);
     fflush(stdout);
 }
@@ -281,6 +315,8 @@ options parse(int argc, char ** argv) {
         else if (name == "--top-k")       { o.top_k       = atoi(value); }
         else if (name == "--repetitions") { o.repetitions = atoi(value); }
         else if (name == "--mla")         { o.mla         = atoi(value); }
+        else if (name == "--lists")       { o.lists       = atoi(value); }
+        else if (name == "--cluster")     { o.cluster     = atoi(value); }
         else if (name == "--n-kv")        { o.n_kv        = integers(value); }
         else if (name == "--type")        { o.type        = type_of(value); }
         else { fprintf(stderr, "%s: unknown option\n", argv[i]); exit(2); }

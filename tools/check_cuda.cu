@@ -62,7 +62,7 @@ std::vector<shape> shapes() {
     all.push_back(with("few visible cells", [](shape & s) { s.visible = 0.02f; s.tokens = 2; }));
     all.push_back(with("no visible cell", [](shape & s) { s.visible = 0.0f; }));
     all.push_back(with("all visible, long", [](shape & s) { s.visible = 1.0f; s.n_kv = 20000; s.top_k = 2048; s.heads_kv = 1; }));
-    all.push_back(with("short", [](shape & s) { s.n_kv = 7; s.top_k = 5; }));
+    all.push_back(with("short", [](shape & s) { s.n_kv = 8; s.top_k = 5; }));
     all.push_back(with("top_k of all", [](shape & s) { s.top_k = s.n_kv; }));
     for (int block : { 16, 64, 128 }) {
         all.push_back(with("blocks", [&](shape & s) { s.block_size = block; s.n_kv = 5000; s.top_k = 1000; }));
@@ -198,6 +198,14 @@ verdict run_select(const problem & p, const on_device & d, bool scores_only, std
     hylra_cuda_pool(job, (const int32_t *) forced.data, p.n_forced(), (float *) scores.data, 0);
     hylra_cuda_choose((const float *) scores.data, (const int32_t *) (job.scratch + job.layout.bins), p.s.n_kv, n_row, top_k, p.s.block_size,
                       (int32_t *) chosen.data, (hylra_meter *) meters.data, 0);
+    std::vector<hylra_meter> all_meters = meters.read<hylra_meter>();
+    bool clusters_same = true;
+    if (hylra_cuda_cluster_fits(p.s.n_kv, p.s.block_size)) {
+        device_buffer cells_too(size_t(top_k)*n_row*4), meters_too(no_meters);
+        hylra_cuda_choose_in_cluster((const float *) scores.data, (const int32_t *) (job.scratch + job.layout.bins), p.s.n_kv, n_row, top_k, (int32_t *) cells_too.data, (hylra_meter *) meters_too.data, 0);
+        clusters_same = cells_too.read<int32_t>() == chosen.read<int32_t>();
+        for (const hylra_meter & meter : meters_too.read<hylra_meter>()) { all_meters.push_back(meter); }
+    }
     CHECK(cudaDeviceSynchronize());
     std::vector<float> expected_scores(size_t(p.s.n_kv)*n_row), found_scores = scores.read<float>();
     const std::vector<float> expected = reference(p.host, nullptr, &expected_scores, lists);
@@ -206,8 +214,9 @@ verdict run_select(const problem & p, const on_device & d, bool scores_only, std
     }
     cells = chosen.read<int32_t>();
     double mass = 0.0, measured = 0.0;
-    const bool lists_same = same_lists(p, found_scores, cells, top_k, mass);
-    for (const hylra_meter & meter : meters.read<hylra_meter>()) { measured += meter.n == 1 ? meter.mass : NAN; }
+    const bool lists_same = same_lists(p, found_scores, cells, top_k, mass) && clusters_same;
+    mass *= all_meters.size()/n_row;
+    for (const hylra_meter & meter : all_meters) { measured += meter.n == 1 ? meter.mass : NAN; }
     double worst = 0.0; // of a score, in parts of the row's largest
     for (size_t i = 0; i < found_scores.size(); ++i) {
         const double gap = std::fabs(double(found_scores[i]) - expected_scores[i]);

@@ -3,39 +3,9 @@
 // and the columns, of which decode has few, the short one. Included once per KV type.
 #pragma once
 
-#include "hylra-cuda-rows.cuh"
-#include "hylra-cuda.cuh"
+#include "hylra-cuda-store.cuh"
 
 #include <type_traits>
-
-constexpr float HYLRA_LOG2E = 1.4426950408889634f;
-// Weights are at most 2^8 instead of 1, so that small ones keep their precision as halves.
-constexpr float HYLRA_CUDA_HEADROOM = 8.0f;
-
-// ---- one column: a query head of a token
-
-struct hylra_column {
-    int   token, head; // head -1: padding
-    float slope;       // of ALiBi, times log2(e)
-};
-
-static __device__ __forceinline__ float hylra_cuda_slope(const hylra_attn & a, int head) {
-    if (a.max_bias <= 0.0f) {
-        return HYLRA_LOG2E;
-    }
-    const int n_log2 = 1 << (31 - __clz(a.n_head));
-    const float m0 = exp2f(-a.max_bias/n_log2), m1 = exp2f(-a.max_bias/2.0f/n_log2);
-    return HYLRA_LOG2E*(head < n_log2 ? powf(m0, head + 1) : powf(m1, 2*(head - n_log2) + 1));
-}
-
-template <bool LISTED> static __device__ __forceinline__ hylra_column hylra_column_of(const hylra_attn & a, const hylra_cuda_plan & p, int column, int head_kv, int token0) {
-    const int group = a.n_head/a.n_head_kv;
-    if (column >= p.n_column) {
-        return { token0, -1, 0.0f };
-    }
-    const int head = head_kv*group + column%group;
-    return { LISTED ? token0 : column/group, head, hylra_cuda_slope(a, head) };
-}
 
 // ---- the cells of a tile: rows g and g+8 of the fragments
 
@@ -44,11 +14,11 @@ template <int WIDE> struct hylra_tile {
     float bias[WIDE][2][2]; // of columns 2t and 2t+1 at the two cells; -inf: hidden
 };
 
-static __device__ __forceinline__ float hylra_cuda_bias(const hylra_attn & a, const hylra_column & column, int stream, int cell) {
+template <bool LISTED> static __device__ __forceinline__ float hylra_cuda_bias(const hylra_attn & a, const hylra_column & column, int stream, int cell) {
     if (cell < 0 || column.head < 0) {
         return -INFINITY;
     }
-    if (!a.mask) {
+    if (!a.mask || (LISTED && a.max_bias <= 0.0f)) { // a listed cell was seen when it was chosen
         return 0.0f;
     }
     const char * row = (const char *) a.mask + column.token*a.mask_nb[1] + stream*a.mask_nb[3];
@@ -64,14 +34,14 @@ static __device__ __forceinline__ hylra_tile<WIDE> hylra_tile_at(const hylra_att
         tile.cell[half_tile] = i < end ? (LISTED ? list[i] : i) : -1;
         for (int w = 0; w < WIDE; ++w) {
             for (int c = 0; c < 2; ++c) {
-                tile.bias[w][half_tile][c] = hylra_cuda_bias(a, columns[w][c], stream, tile.cell[half_tile]);
+                tile.bias[w][half_tile][c] = hylra_cuda_bias<LISTED>(a, columns[w][c], stream, tile.cell[half_tile]);
             }
         }
     }
     return tile;
 }
 
-// Forgets cells that no column sees; false if there is no other. A listed cell was seen when it was chosen: the mask need not be awaited.
+// Forgets cells that no column sees; false if there is no other.
 template <int WIDE, bool LISTED> static __device__ __forceinline__ bool hylra_tile_visible(hylra_tile<WIDE> & tile) {
     const int g = threadIdx.x%32/4;
     unsigned any = 0;
@@ -153,9 +123,6 @@ static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, c
     }
 }
 
-// State of the online softmax for two columns; weights are exp2(logit - ref).
-struct hylra_softmax { float ref[2], sum[2]; };
-
 // Logits become weights; returns by how much earlier outputs shrink
 static __device__ __forceinline__ float2 hylra_tile_weights(hylra_softmax & state, float (&s)[4]) {
     float shrink[2];
@@ -205,137 +172,6 @@ static __device__ __forceinline__ void hylra_add_v(const uint4 (&rows)[BATCH][4]
             }
         }
     }
-}
-
-// For pooling: peaks and weights of a tile of a select layer
-static __device__ __forceinline__ void hylra_store_weights(const hylra_cuda_job & job, size_t group, int first, const int (&cell)[2], const hylra_softmax & state, const uint32_t (&p)[2]) {
-    const int g = threadIdx.x%32/4, t = threadIdx.x%4, n_kv = job.attn.n_kv;
-    uint32_t * weights = (uint32_t *) (job.scratch + job.layout.weights) + group*n_kv*4;
-    for (int half_tile = 0; half_tile < 2; ++half_tile) {
-        if (cell[half_tile] >= 0) {
-            weights[size_t(cell[half_tile])*4 + t] = p[half_tile];
-        }
-    }
-    if (g == 0) {
-        float2 * peaks = (float2 *) (job.scratch + job.layout.peaks) + group*hylra_ceil_div(n_kv, HYLRA_CUDA_TILE)*4;
-        peaks[first/HYLRA_CUDA_TILE*4 + t] = make_float2(state.ref[0], state.ref[1]);
-    }
-}
-
-static __device__ __forceinline__ size_t hylra_cuda_row(const hylra_attn & a, int stream, const hylra_column & column) {
-    return (size_t(stream)*a.n_tokens + column.token)*a.n_head + column.head;
-}
-
-static __device__ __forceinline__ void hylra_store_norm(const hylra_cuda_job & job, int chunk, int stream, const hylra_column & column, float ref, float sum) {
-    ((float2 *) (job.scratch + job.layout.norms))[hylra_cuda_row(job.attn, stream, column)*job.plan.n_chunk + chunk] = make_float2(ref, sum);
-}
-
-static __device__ __forceinline__ float * hylra_outputs(const hylra_cuda_job & job, int chunk, int stream, const hylra_column & column) {
-    return (float *) (job.scratch + job.layout.outputs) + (hylra_cuda_row(job.attn, stream, column)*job.plan.n_chunk + chunk)*job.attn.n_embd_v;
-}
-
-// Each warp has columns of its own: its state is the chunk's.
-template <int TYPE, int EMBD_V>
-static __device__ void hylra_store_split(const hylra_cuda_job & job, int chunk, int stream, const hylra_column (&columns)[2], const hylra_softmax & state, const float (&out)[EMBD_V/16][4]) {
-    const int g = threadIdx.x%32/4;
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-        if (columns[c].head < 0) {
-            continue;
-        }
-        float * to = hylra_outputs(job, chunk, stream, columns[c]);
-#pragma unroll
-        for (int m = 0; m < EMBD_V/16; ++m) {
-            for (int odd = 0; odd < 2; ++odd) {
-                const int d = hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + odd);
-                if (d < job.attn.n_embd_v) {
-                    to[d] = out[m][2*odd + c];
-                }
-            }
-        }
-        if (g == 0) {
-            hylra_store_norm(job, chunk, stream, columns[c], state.ref[c], state.sum[c]);
-        }
-    }
-}
-
-// The warps of a block have seen different cells: their states are brought to one reference and added. One group of columns.
-template <bool LISTED, int TYPE, int EMBD_V>
-static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk, int stream, int head_kv, int token0, int first_column, const hylra_softmax & state,
-                                          float (&out)[EMBD_V/16][4], float * shared /* [warps][8][EMBD_V + 1] */, float2 (*norms)[8] /* [warps] */) {
-    const int lane = threadIdx.x%32, warp = threadIdx.x/32, g = lane/4, t = lane%4;
-    constexpr int STRIDE = EMBD_V + 1;
-    __syncthreads();
-    if (g == 0) {
-        norms[warp][2*t]     = make_float2(state.ref[0], state.sum[0]);
-        norms[warp][2*t + 1] = make_float2(state.ref[1], state.sum[1]);
-    }
-#pragma unroll
-    for (int m = 0; m < EMBD_V/16; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            shared[(warp*8 + 2*t + i%2)*STRIDE + hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + i/2)] = out[m][i];
-        }
-    }
-    __syncthreads();
-    const int column_in_group = threadIdx.x/16, part = threadIdx.x%16; // 16 threads write one column
-    const hylra_column column = hylra_column_of<LISTED>(job.attn, job.plan, first_column + column_in_group, head_kv, token0);
-    if (column.head < 0) {
-        return;
-    }
-    float ref = -INFINITY, sum = 0.0f, factor[HYLRA_CUDA_WARPS];
-    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-        ref = fmaxf(ref, norms[w][column_in_group].x);
-    }
-    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-        factor[w] = ref == -INFINITY ? 0.0f : exp2f(norms[w][column_in_group].x - ref);
-        sum += factor[w]*norms[w][column_in_group].y;
-    }
-    float * to = hylra_outputs(job, chunk, stream, column);
-    for (int d = part; d < job.attn.n_embd_v; d += 16) {
-        float x = 0.0f;
-        for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-            x += factor[w]*shared[(w*8 + column_in_group)*STRIDE + d];
-        }
-        to[d] = x;
-    }
-    if (part == 0) {
-        hylra_store_norm(job, chunk, stream, column, ref, sum);
-    }
-}
-
-// The softmax states of one group of columns alone, for a layer of which only scores are wanted
-template <bool SPLIT>
-static __device__ void hylra_store_state(const hylra_cuda_job & job, int chunk, int stream, int head_kv, int first_column, const hylra_column (&columns)[2],
-                                         const hylra_softmax & state, float2 (*norms)[8] /* [warps] */) {
-    const int warp = threadIdx.x/32, g = threadIdx.x%32/4, t = threadIdx.x%4;
-    if constexpr (SPLIT) {
-        for (int c = 0; c < 2 && g == 0; ++c) {
-            if (columns[c].head >= 0) {
-                hylra_store_norm(job, chunk, stream, columns[c], state.ref[c], state.sum[c]);
-            }
-        }
-        return;
-    }
-    __syncthreads();
-    if (g == 0) {
-        norms[warp][2*t]     = make_float2(state.ref[0], state.sum[0]);
-        norms[warp][2*t + 1] = make_float2(state.ref[1], state.sum[1]);
-    }
-    __syncthreads();
-    const int at = threadIdx.x;
-    const hylra_column column = hylra_column_of<false>(job.attn, job.plan, at < 8 ? first_column + at : job.plan.n_column, head_kv, 0);
-    if (column.head < 0) {
-        return;
-    }
-    float ref = -INFINITY, sum = 0.0f;
-    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-        ref = fmaxf(ref, norms[w][at].x);
-    }
-    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-        sum += ref == -INFINITY ? 0.0f : exp2f(norms[w][at].x - ref)*norms[w][at].y;
-    }
-    hylra_store_norm(job, chunk, stream, column, ref, sum);
 }
 
 // What a kernel does: all cells, a list of cells, or all cells without V

@@ -1,12 +1,12 @@
-// Top-k of all rows of scores in one launch, one block per row: radix narrowing, a bit per chosen cell, then an ordered list.
-// The serial twin is hylra_choose_radix; blocks of cells are items like cells, weighing as many as they hold.
+// Top-k of all rows of scores in one launch, one block per row: radix narrowing, a bit per chosen cell, then an ordered list. From Hopper on
+// single cells are pooled and chosen by hylra-cuda-cluster.cu instead. The serial twin is hylra_choose_radix; blocks of cells are items like cells, weighing as many as they hold.
 #include "hylra-cpu.h"
+#include "hylra-cuda-block.cuh"
 #include "hylra-cuda.cuh"
 #include "hylra-radix.h"
 
 constexpr int THREADS    = 1024;
 constexpr int CANDIDATES = 1024; // one per thread
-constexpr int SCORE_LEVELS = 4;   // first digit and the bits of the score
 
 struct item { uint64_t key; int weight; }; // weight: cells; negative: cannot be chosen
 
@@ -33,43 +33,6 @@ struct narrowing { // shared by the block
     bool all;
 };
 
-// Sum over the block, known to all of its threads; `shared` holds 32 values.
-static __device__ int block_sum(int x, int * shared) {
-    for (int mask = 16; mask > 0; mask /= 2) {
-        x += __shfl_xor_sync(0xFFFFFFFFu, x, mask);
-    }
-    __syncthreads();
-    if (threadIdx.x%32 == 0) {
-        shared[threadIdx.x/32] = x;
-    }
-    __syncthreads();
-    x = shared[threadIdx.x%32];
-    for (int mask = 16; mask > 0; mask /= 2) {
-        x += __shfl_xor_sync(0xFFFFFFFFu, x, mask);
-    }
-    return x;
-}
-
-// Sum over the threads before this one
-static __device__ int block_prefix(int x, int * shared) {
-    const int lane = threadIdx.x%32, warp = threadIdx.x/32;
-    int sum = x;
-    for (int step = 1; step < 32; step *= 2) {
-        const int before = __shfl_up_sync(0xFFFFFFFFu, sum, step);
-        sum += lane >= step ? before : 0;
-    }
-    __syncthreads();
-    if (lane == 31) {
-        shared[warp] = sum;
-    }
-    __syncthreads();
-    int before = lane < warp ? shared[lane] : 0;
-    for (int mask = 16; mask > 0; mask /= 2) {
-        before += __shfl_xor_sync(0xFFFFFFFFu, before, mask);
-    }
-    return before + sum - x;
-}
-
 // Enters the bin that the room ends in. weights, counts: [n_bin], counted from the top.
 static __device__ void enter_bin(const int * weights, const int * counts, narrowing & state, int * shared) {
     const int n_bin = hylra_radix_bins(state.bound.n_level), per_thread = n_bin > THREADS ? 2 : 1;
@@ -78,8 +41,9 @@ static __device__ void enter_bin(const int * weights, const int * counts, narrow
     for (int i = 0; i < per_thread && top - i >= 0; ++i) {
         mine += max(weights[top - i], 0);
     }
-    int before = block_prefix(mine, shared);
-    const int total = block_sum(mine, shared), room = state.room;
+    int total;
+    int before = hylra_block_prefix<THREADS>(mine, shared, &total);
+    const int room = state.room;
     __syncthreads();
     if (threadIdx.x == 0) {
         state.all = total <= room;
@@ -229,8 +193,9 @@ static __device__ int write_list(const float * scores, int n_kv, int block_size,
     for (int word = begin; word < end; ++word) {
         n += __popc(chosen_cells(scores, n_kv, block_size, bits, word));
     }
-    int at = block_prefix(n, shared);
-    const int total = min(block_sum(n, shared), top_k);
+    int total;
+    int at = hylra_block_prefix<THREADS>(n, shared, &total);
+    total = min(total, top_k);
     for (int word = begin; word < end && n > 0; ++word) {
         for (uint32_t rest = chosen_cells(scores, n_kv, block_size, bits, word); rest && at < top_k; rest &= rest - 1) {
             out[at++] = word*32 + __ffs(rest) - 1;
@@ -273,7 +238,7 @@ static __device__ int count_forced(const float * scores, int n_kv, int * shared)
     for (int i = threadIdx.x; i < n_kv; i += THREADS) {
         n += scores[i] >= HYLRA_SCORE_FORCED;
     }
-    return block_sum(n, shared);
+    return hylra_block_sum<THREADS>(n, shared);
 }
 
 // Until the bin that the room ends in holds few items
@@ -323,7 +288,7 @@ static __global__ void __launch_bounds__(THREADS) choose_kernel(const float * sc
     }
     __syncthreads();
     narrow_down(scores, first_bins + size_t(row)*HYLRA_CUDA_BINS, n_kv, block_size, n_item, state, weights, counts, sums);
-    if (block_size <= 1 && n_kv%32 == 0 && !state.all && state.bound.n_level <= SCORE_LEVELS) {
+    if (block_size <= 1 && n_kv%32 == 0 && !state.all && state.bound.n_level <= HYLRA_RADIX_SCORE_LEVELS) {
         choose_cells(scores, n_kv, state.bound, state.room > 0, bits, shared.candidates, &n_candidate);
     } else {
         choose_items(scores, n_kv, block_size, n_item, state, bits, shared.candidates, &n_candidate);

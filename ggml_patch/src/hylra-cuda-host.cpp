@@ -41,7 +41,7 @@ bool hylra_cuda_fits(const hylra_attn & a, int lists) {
     const int largest = std::max(a.n_embd_k, a.n_embd_v);
     const bool size_fits = largest <= LARGEST_PLAIN_HEAD || (a.n_embd_k <= 576 && a.n_embd_v <= 512);
     return has_kernel(a.type_k) && a.type_k == a.type_v && size_fits && a.n_embd_k%8 == 0 && a.n_embd_v%8 == 0 &&
-           is_aligned(a.type_k, a.k_nb) && is_aligned(a.type_v, a.v_nb) && a.n_head_kv <= HYLRA_CUDA_MAX_HEADS_KV &&
+           is_aligned(a.type_k, a.k_nb) && is_aligned(a.type_v, a.v_nb) && a.n_kv%4 == 0 && a.n_head_kv <= HYLRA_CUDA_MAX_HEADS_KV &&
            a.n_tokens*a.n_stream <= HYLRA_CUDA_MAX_TOKENS && a.n_head_kv%lists == 0;
 }
 

@@ -20,6 +20,7 @@ constexpr int HYLRA_CUDA_WARPS      = 4;       // of a block
 constexpr int HYLRA_CUDA_COLUMNS    = 8;       // of a group
 constexpr int HYLRA_CUDA_BLOCKS     = 392;     // blocks that fill a large card once (H200: 132 processors, 3 blocks each)
 constexpr int HYLRA_CUDA_SCORING_BLOCKS = 528; // without V a block needs fewer registers: 4 each
+constexpr int HYLRA_CUDA_MLA_BLOCKS = 132;     // for lists of an MLA layer, whose outputs per chunk weigh most: 60 us with 256 blocks, 45 with 132
 constexpr int HYLRA_CUDA_MAX_CHUNKS = 64;
 constexpr int HYLRA_CUDA_MAX_HEADS_KV = 256;
 constexpr int HYLRA_CUDA_MAX_TOKENS = 64;      // of a batch, all streams together
@@ -31,6 +32,7 @@ struct hylra_cuda_plan {
     int32_t split;        // 1: the warps of a block take different columns of the same cells (MLA), else different cells
     int32_t n_block_column; // blocks that share the columns
     int32_t n_group;      // groups of eight columns, padded to whole blocks
+    int32_t n_word;       // of two columns each, in which a select layer keeps a cell's weights of one group
     int32_t n_chunk, chunk_cells;
     int32_t scores_only;  // V stays unread, there are no outputs
 };
@@ -46,11 +48,12 @@ HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_l
     const int block_groups = p.split ? HYLRA_CUDA_WARPS : p.wide;
     p.n_block_column = hylra_ceil_div(p.n_column, block_groups*HYLRA_CUDA_COLUMNS);
     p.n_group        = p.n_block_column*block_groups;
+    p.n_word         = p.n_group == 1 ? hylra_ceil_div(p.n_column, 2) : HYLRA_CUDA_COLUMNS/2;
     // cells that the warps of a block take in one step; a chunk holds whole steps
     const int step = HYLRA_CUDA_TILE*(p.split ? 1 : HYLRA_CUDA_WARPS);
     const int rows = a.n_head_kv*a.n_stream*(listed ? a.n_tokens : 1)*p.n_block_column;
     p.scores_only = scores_only;
-    int n_chunk = (scores_only ? HYLRA_CUDA_SCORING_BLOCKS : HYLRA_CUDA_BLOCKS)/rows;
+    int n_chunk = (scores_only ? HYLRA_CUDA_SCORING_BLOCKS : p.split && listed ? HYLRA_CUDA_MLA_BLOCKS : HYLRA_CUDA_BLOCKS)/rows;
     n_chunk = n_chunk < 1 ? 1 : n_chunk > HYLRA_CUDA_MAX_CHUNKS ? HYLRA_CUDA_MAX_CHUNKS : n_chunk;
     p.chunk_cells = hylra_ceil_div(hylra_ceil_div(n_listed, n_chunk), step)*step;
     p.n_chunk     = hylra_ceil_div(n_listed, p.chunk_cells);
@@ -64,7 +67,7 @@ struct hylra_cuda_layout {
     size_t totals;   // F32 [2, rows] the same over all chunks, the sum inverted
     // of a select layer
     size_t peaks;    // F32 [8, tiles, groups] reference of the weights of a tile
-    size_t weights;  // F16 [8, n_kv, groups]
+    size_t weights;  // F16 [2*n_word, n_kv, groups]
     size_t bins;     // I32 [HYLRA_CUDA_BINS, lists, tokens] how many scores have which first digit
     size_t size;
 };
@@ -80,7 +83,7 @@ HYLRA_HD inline hylra_cuda_layout hylra_cuda_layout_of(const hylra_attn & a, con
     l.totals  = l.norms   + hylra_aligned(rows*p.n_chunk*2*sizeof(float));
     l.peaks   = l.totals  + hylra_aligned(rows*2*sizeof(float));
     l.weights = l.peaks   + hylra_aligned(groups*tiles*HYLRA_CUDA_COLUMNS*sizeof(float));
-    l.bins    = l.weights + hylra_aligned(groups*a.n_kv*HYLRA_CUDA_COLUMNS*sizeof(uint16_t));
+    l.bins    = l.weights + hylra_aligned(groups*a.n_kv*p.n_word*sizeof(uint32_t));
     l.size    = l.bins    + size_t(select_lists)*a.n_tokens*a.n_stream*HYLRA_CUDA_BINS*sizeof(int32_t);
     return l;
 }

@@ -52,9 +52,15 @@ static void compute_pool(const hylra_op & op, ggml_tensor * node, cudaStream_t s
 static void compute_choose(const hylra_op & op, ggml_tensor * node, cudaStream_t stream) {
     const ggml_tensor * pooled = node->src[0];
     const hylra_cuda_job job = job_of_node(op, node->src[1], nullptr);
-    const int n_row = int(node->ne[1]*node->ne[2]*node->ne[3]);
-    hylra_cuda_choose((const float *) pooled->data, (const int32_t *) (job.scratch + job.layout.bins), int(pooled->ne[0]), n_row, int(node->ne[0]),
-                      op.block_size, (int32_t *) node->data, op.meters, stream);
+    const int n_kv = int(pooled->ne[0]), top_k = int(node->ne[0]), n_row = int(node->ne[1]*node->ne[2]*node->ne[3]);
+    const float * scores = (const float *) pooled->data;
+    const int32_t * bins = (const int32_t *) (job.scratch + job.layout.bins);
+    int32_t * cells = (int32_t *) node->data;
+    if (hylra_cuda_cluster_fits(n_kv, op.block_size)) {
+        hylra_cuda_choose_in_cluster(scores, bins, n_kv, n_row, top_k, cells, op.meters, stream);
+    } else {
+        hylra_cuda_choose(scores, bins, n_kv, n_row, top_k, op.block_size, cells, op.meters, stream);
+    }
 }
 
 void hylra_cuda_compute(ggml_tensor * node, cudaStream_t stream) {

@@ -29,9 +29,14 @@ void hylra_cuda_pool(const hylra_cuda_job & job, const int32_t * forced, int n_f
 // Shared memory that choose needs per block, in bytes
 size_t hylra_cuda_choose_bytes(int n_kv);
 
-// cells: I32 [top_k, n_row]; bins: those that pool filled; meters: [n_row] on the device or nullptr
+// cells: I32 [top_k, n_row]; bins: those that pool counted; meters: [n_row] on the device or nullptr
 void hylra_cuda_choose(const float * scores, const int32_t * bins, int n_kv, int n_row, int top_k, int block_size, int32_t * cells,
                        hylra_meter * meters, cudaStream_t stream);
+
+// The same with eight blocks per row, where the device has clusters and shared memory for it.
+bool hylra_cuda_cluster_fits(int n_kv, int block_size);
+void hylra_cuda_choose_in_cluster(const float * scores, const int32_t * bins, int n_kv, int n_row, int top_k, int32_t * cells, hylra_meter * meters,
+                                  cudaStream_t stream);
 
 // ---- launches that overlap: from Hopper on a kernel may start while the one before it ends
 

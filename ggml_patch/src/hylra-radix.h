@@ -10,6 +10,7 @@
 #include <cstring>
 
 constexpr int HYLRA_RADIX_LEVELS = 7;
+constexpr int HYLRA_RADIX_SCORE_LEVELS = 4; // of them: the first digit and the bits of the score
 
 // The first digit is 64 steps per power of two of the scores from 2^-26 up, where selections end; forced cells share the last.
 // The digits after it are bits of the key: 31 of the score (11, 10, 10), 32 of the index (11, 11, 10).

@@ -1,0 +1,44 @@
+// Sums over a block of threads, for the kernels that choose cells; at most 32 warps.
+#pragma once
+
+#include <cuda_runtime.h>
+
+// Sum over the threads before this one; *total: over all. `shared` holds 32 values.
+template <int N_THREADS> static __device__ __forceinline__ int hylra_block_prefix(int x, int * shared, int * total) {
+    const int lane = threadIdx.x%32, warp = threadIdx.x/32;
+    int sum = x;
+    for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(0xFFFFFFFFu, sum, step);
+        sum += lane >= step ? before : 0;
+    }
+    __syncthreads();
+    if (lane == 31) {
+        shared[warp] = sum;
+    }
+    __syncthreads();
+    const int of_warp = lane < N_THREADS/32 ? shared[lane] : 0;
+    int before = lane < warp ? of_warp : 0, all = of_warp;
+    for (int mask = 16; mask > 0; mask /= 2) {
+        before += __shfl_xor_sync(0xFFFFFFFFu, before, mask);
+        all    += __shfl_xor_sync(0xFFFFFFFFu, all, mask);
+    }
+    *total = all;
+    return before + sum - x;
+}
+
+// Sum over the block, known to all of its threads
+template <int N_THREADS, typename T> static __device__ __forceinline__ T hylra_block_sum(T x, T * shared) {
+    for (int mask = 16; mask > 0; mask /= 2) {
+        x += __shfl_xor_sync(0xFFFFFFFFu, x, mask);
+    }
+    __syncthreads();
+    if (threadIdx.x%32 == 0) {
+        shared[threadIdx.x/32] = x;
+    }
+    __syncthreads();
+    x = threadIdx.x%32 < N_THREADS/32 ? shared[threadIdx.x%32] : T(0);
+    for (int mask = 16; mask > 0; mask /= 2) {
+        x += __shfl_xor_sync(0xFFFFFFFFu, x, mask);
+    }
+    return x;
+}
