@@ -9,7 +9,7 @@ from gguf import quants
 
 from hylra_gguf import engine
 
-ISAS = ["ref", "base", "avx2", "avx512"]
+ISAS = ["ref", "base", "avx2", "avx512", "avx512vnni"]
 FORCED, HIDDEN = 2.0, -1.0
 
 
