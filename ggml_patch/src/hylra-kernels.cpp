@@ -6,8 +6,6 @@
 #include "hylra-tile.h"
 #include "hylra-topk.h"
 
-#include <new>
-
 #ifndef HYLRA_ISA
 #    define HYLRA_ISA base
 #endif
@@ -56,26 +54,6 @@ void scale_row(float * row, int n, float factor) {
         store(row + i, load(row + i)*factor);
     }
 }
-
-// Room that a thread keeps, so that a token allocates nothing. Not a std::vector: the linker keeps one copy of its functions for
-// all instruction sets.
-struct thread_room {
-    float * data = nullptr;
-    size_t size = 0;
-
-    ~thread_room() { operator delete(data, std::align_val_t(64)); }
-
-    // [n], what it held is lost
-    float * of(size_t n) {
-        if (n > size) {
-            operator delete(data, std::align_val_t(64));
-            data = nullptr;
-            data = (float *) operator new(n*sizeof(float), std::align_val_t(64));
-            size = n;
-        }
-        return data;
-    }
-};
 
 // What one task works on: a chunk of one stream.
 struct worker {

@@ -1,15 +1,16 @@
 // Dot products of Q8_0 and Q4_0 K rows in whole numbers, by VNNI. Included by hylra-tile.h for the instruction sets that have it.
 //
-// A block of 32 K values stays in bytes: vpdpbusd multiplies 64 of them with bytes of q, where a multiplication of F32 takes 16, and
-// nothing is converted. One byte of q would lose what sums in F32 keep, so a block of q is a 20-bit fixed-point number in three digits of 7
-// bits, and its products with K are exact: 32*2^19*2^7 = 2^31 fits. What is lost is half a unit of the largest |q| of a row in 2^19; the
-// rounding of K to Q8_0 is half a unit in 2^7, of Q4_0 more.
+// K stays in bytes: vpdpbusd multiplies 64 of them with bytes of q, where a multiplication of F32 takes 16 numbers. One byte of q would
+// lose what sums of F32 keep, so q is fixed-point numbers in digits of 8, 7 and 7 bits, of a unit as small as 32 bits allow for the sum of a
+// block, which is exact. That is 20 bits of its largest number and up to 22 if the others are smaller; Q8_0 has left 8 of K.
 //
-// A lane is a cell: 16 rows are turned once per pass of query heads, then sums need no reduction across lanes, and one conversion and
-// one multiplication by the scales serve 16 cells. Left in rows, each cell and block would need both, and as many instructions as F32.
+// A lane is a cell: the bytes of 16 rows are turned for each pass of query heads. Then no sum goes across lanes, and one conversion to
+// F32 and one multiplication with the scale serve 16 cells; left in rows, each cell would need both for each block.
 #pragma once
 
 #include "hylra-rows.h"
+
+#include <algorithm>
 
 namespace {
 
@@ -17,13 +18,13 @@ constexpr int BLOCK      = 32; // values with one scale
 constexpr int QUADS      = BLOCK/4;
 constexpr int DIGITS     = 3;
 constexpr int DIGIT_BITS = 7;
-constexpr int FIXED_MAX  = (1 << 19) - 1;
+constexpr int FIXED_MAX  = (1 << 21) - 1; // the highest digit has 8 bits
 
 // 32 values of q, in the room of their F32: digit[d][i] holds the digits of values 4*i .. 4*i + 3, the highest digits first.
 struct query_block {
     int32_t digit[DIGITS][QUADS];
     int32_t offset; // what the unsigned bytes of K add to the sum, negative
-    float   scale;
+    float   unit;
     float   unused[BLOCK - DIGITS*QUADS - 2];
 };
 static_assert(sizeof(query_block) == BLOCK*sizeof(float), "a query takes no more room than in F32");
@@ -37,25 +38,35 @@ inline void write_digits(__m512i x, query_block & out, int quad) {
     }
 }
 
-// q: [n] -> out: [n/BLOCK] query blocks, all with the scale of the largest number in q. One that is not finite makes every logit
-// NaN. zero: what stands for 0 in the bytes of K
+// LANES values of q as whole numbers of its unit; what is not finite as 0, so that sums stay in bounds
+inline __m512i fixed_point(const float * q, float per_unit) {
+    const vf x = load(q)*per_unit;
+    return _mm512_cvtps_epi32((__m512) (x == x ? x : vf{}));
+}
+
+inline vf vabs(vf x) { return vmax(x, -x); }
+
+// q: [n] -> out: [n/BLOCK] query blocks, all of one unit. If a number is not finite, neither is the unit, and every logit becomes NaN.
+// zero: what stands for 0 in the bytes of K, and the farthest from 0 that they reach
 void pack_query(const float * q, int n, int zero, float * out) {
-    vf largest = vf{}, nan_or_0 = vf{};
-    for (int i = 0; i < n; i += LANES) {
-        const vf x = load(q + i);
-        largest = vmax(largest, vmax(x, -x));
-        nan_or_0 += x*0.0f;
+    vf largest = vf{}, widest = vf{}, nan_or_0 = vf{}; // widest: its sum is at least that of any block
+    for (int i = 0; i < n; i += BLOCK) {
+        const vf low = vabs(load(q + i)), high = vabs(load(q + i + LANES));
+        largest   = vmax(largest, vmax(low, high));
+        widest    = vmax(widest, low + high);
+        nan_or_0 += (low + high)*0.0f;
     }
-    const float max = hmax(largest);
-    const float inverse = max > 1e-30f ? FIXED_MAX/max : 0.0f; // below, it would be infinite, and the logits are 0
-    const float scale = max/FIXED_MAX + hsum(nan_or_0);
+    const float max = hmax(largest), bad = hsum(nan_or_0);
+    const bool  any = max > 1e-30f; // below, the unit would vanish, and so do the logits
+    const float most = float(INT32_MAX/zero - BLOCK); // BLOCK: for rounding
+    const float per_unit = any && bad == 0.0f ? std::min(FIXED_MAX/max, most/hsum(widest)) : 0.0f;
     for (int i = 0; i < n; i += BLOCK) {
         query_block & to = ((query_block *) out)[i/BLOCK];
-        const __m512i low = _mm512_cvtps_epi32((__m512) (load(q + i)*inverse)), high = _mm512_cvtps_epi32((__m512) (load(q + i + LANES)*inverse));
+        const __m512i low = fixed_point(q + i, per_unit), high = fixed_point(q + i + LANES, per_unit);
         write_digits(low, to, 0);
         write_digits(high, to, QUADS/2);
         to.offset = -zero*_mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-        to.scale  = scale;
+        to.unit   = any ? 1.0f/per_unit : bad;
     }
 }
 
@@ -115,7 +126,7 @@ struct bytes_q4_0 {
     }
 };
 
-// The sum of one query block with a block of LANES rows, k, in units of the scales.
+// The sum of one query block with a block of LANES rows, k, in units of q and of the scales.
 struct fixed_sum {
     __m512i sum[DIGITS]; // one for each digit: chains of dependent instructions stay short enough to fill two multipliers
 
@@ -163,9 +174,9 @@ void dot_bytes(const float * const * q, const char * const * row, int n_block, f
         }
     }
     for (int h = 0; h < HEADS; ++h) {
-        const float scale = ((const query_block *) q[h])->scale;
-        store(s[h], low[h]*scale);
-        store(s[h] + LANES, high[h]*scale);
+        const float unit = ((const query_block *) q[h])->unit;
+        store(s[h], low[h]*unit);
+        store(s[h] + LANES, high[h]*unit);
     }
 }
 
