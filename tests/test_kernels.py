@@ -221,6 +221,19 @@ def test_queries_of_any_size_are_read(size, kind, isa):
     np.testing.assert_allclose(problem.run(isa)[0], problem.expected()[0], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("kind", [T.Q8_0, T.Q4_0])
+@pytest.mark.parametrize("outlier", [1, 20])
+def test_what_a_kernel_loses_is_far_below_the_rounding_of_k(outlier, kind, isa):
+    """Also of a q with one number that is much larger than the others, which a common unit of them has to reach."""
+    rounded, exact = (Problem(type_k=k, type_v=T.F32, n_embd_k=128, group=4, n_kv=2000) for k in (kind, T.F32))  # of the same numbers
+    for problem in (rounded, exact):
+        problem.q[..., 5] *= outlier
+    want = rounded.expected()[0]
+    lost, rounding = (np.sqrt(np.mean((x - want) ** 2) / np.mean(want**2)) for x in (rounded.run(isa)[0], exact.expected()[0]))
+    assert lost < 1e-5 and 500 * lost < rounding < 0.5
+
+
 def test_no_visible_cell_gives_zeros():
     problem = Problem(n_kv=100)
     problem.mask[:] = -np.inf

@@ -46,8 +46,8 @@ inline __m512i fixed_point(const float * q, float per_unit) {
 
 inline vf vabs(vf x) { return vmax(x, -x); }
 
-// q: [n] -> out: [n/BLOCK] query blocks, all of one unit. If a number is not finite, neither is the unit, and every logit becomes NaN.
-// zero: what stands for 0 in the bytes of K, and the farthest from 0 that they reach
+// q: [n] -> out: [n/BLOCK] query blocks, all of one unit. If a number or the sum is not finite, neither is the unit, and every logit
+// becomes NaN. zero: what stands for 0 in the bytes of K, and the farthest from 0 that they reach
 void pack_query(const float * q, int n, int zero, float * out) {
     vf largest = vf{}, widest = vf{}, nan_or_0 = vf{}; // widest: its sum is at least that of any block
     for (int i = 0; i < n; i += BLOCK) {
@@ -56,21 +56,22 @@ void pack_query(const float * q, int n, int zero, float * out) {
         widest    = vmax(widest, low + high);
         nan_or_0 += (low + high)*0.0f;
     }
-    const float max = hmax(largest), bad = hsum(nan_or_0);
-    const bool  any = max > 1e-30f; // below, the unit would vanish, and so do the logits
+    const float max = hmax(largest), sum = hsum(widest + nan_or_0), nan = sum*0.0f; // nan: or 0, if all is finite
     const float most = float(INT32_MAX/zero - BLOCK); // BLOCK: for rounding
-    const float per_unit = any && bad == 0.0f ? std::min(FIXED_MAX/max, most/hsum(widest)) : 0.0f;
+    const bool  any  = max > 1e-30f; // below, the unit would vanish, and so do the logits
+    const float per_unit = any && nan == 0.0f ? std::min(FIXED_MAX/max, most/sum) : 0.0f;
+    const float unit     = any ? 1.0f/per_unit : nan;
     for (int i = 0; i < n; i += BLOCK) {
         query_block & to = ((query_block *) out)[i/BLOCK];
         const __m512i low = fixed_point(q + i, per_unit), high = fixed_point(q + i + LANES, per_unit);
         write_digits(low, to, 0);
         write_digits(high, to, QUADS/2);
         to.offset = -zero*_mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-        to.unit   = any ? 1.0f/per_unit : bad;
+        to.unit   = unit;
     }
 }
 
-// 16 rows of 4 quads (4 bytes each), row 4*l + i in lane l of a[i] -> out[quad] with the quad of each row, in their order
+// A quad is 4 bytes. In each of the 4 lanes of 128 bits, a[i] holds 4 quads of a row -> out[quad] holds that quad of the 4 rows.
 inline void turn_quads(const __m512i * a, __m512i * out) {
     const __m512i low01 = _mm512_unpacklo_epi32(a[0], a[1]), high01 = _mm512_unpackhi_epi32(a[0], a[1]);
     const __m512i low23 = _mm512_unpacklo_epi32(a[2], a[3]), high23 = _mm512_unpackhi_epi32(a[2], a[3]);
@@ -92,14 +93,14 @@ struct bytes_q8_0 {
     static constexpr int BYTES = 34, ZERO = 128;
     static void read(const char * const * row, int byte, __m512i * out) {
         __m512i a[8], turned[8];
-        for (int i = 0; i < 8; ++i) { // rows 0 .. 7, then 8 .. 15, so that the halves below come out in order
+        for (int i = 0; i < 8; ++i) { // a row fills two lanes; with row i goes row i + 4, so that they come out in order below
             const char * const * from = row + i/4*8 + i%4;
             const __m256i low = _mm256_loadu_si256((const __m256i *) (from[0] + byte)), high = _mm256_loadu_si256((const __m256i *) (from[4] + byte));
             a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
         }
         turn_quads(a, turned);
         turn_quads(a + 4, turned + 4);
-        for (int i = 0; i < 4; ++i) { // lanes of turned: quad i and quad i + 4 of four rows in turn
+        for (int i = 0; i < 4; ++i) { // in turned, lanes of quad i and of quad i + 4 alternate
             const __m512i even = _mm512_shuffle_i32x4(turned[i], turned[i + 4], 0x88), odd = _mm512_shuffle_i32x4(turned[i], turned[i + 4], 0xdd);
             out[i]     = _mm512_xor_si512(even, _mm512_set1_epi8(-128));
             out[i + 4] = _mm512_xor_si512(odd,  _mm512_set1_epi8(-128));
