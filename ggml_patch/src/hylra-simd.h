@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -109,27 +108,5 @@ inline float hsum(vf v) {
         return hsum<STEP/2>(v + rotated<STEP>(v, std::make_integer_sequence<int, LANES>{}));
     }
 }
-
-// ---- memory
-
-// Room that a thread keeps, so that a token allocates nothing. Not a std::vector: the linker keeps one copy of its functions for
-// all instruction sets.
-struct thread_room {
-    float * data = nullptr;
-    size_t size = 0;
-
-    ~thread_room() { operator delete(data, std::align_val_t(64)); }
-
-    // [n], what it held is lost
-    float * of(size_t n) {
-        if (n > size) {
-            operator delete(data, std::align_val_t(64));
-            data = nullptr;
-            data = (float *) operator new(n*sizeof(float), std::align_val_t(64));
-            size = n;
-        }
-        return data;
-    }
-};
 
 } // namespace

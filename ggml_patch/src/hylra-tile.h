@@ -1,5 +1,6 @@
 // One tile of cells: dot products with the query heads of a group, and the weighted sum of its V rows. A row is converted to
-// F32 in registers and used for up to MAX_HEADS query heads at once. Included by hylra-kernels.cpp only.
+// F32 in registers and used for up to MAX_HEADS query heads at once; with VNNI a K of 8 or 4 bits stays in bytes. Included by
+// hylra-kernels.cpp only.
 #pragma once
 
 #include "hylra-attn.h"
@@ -9,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <new>
 
 namespace {
 
@@ -205,6 +207,26 @@ const type_kernels * direct_kernels(int type, int n_embd) {
     }
     return nullptr;
 }
+
+// Room that a thread keeps, so that a token allocates nothing. Not a std::vector: the linker keeps one copy of its functions for
+// all instruction sets.
+struct thread_room {
+    float * data = nullptr;
+    size_t size = 0;
+
+    ~thread_room() { operator delete(data, std::align_val_t(64)); }
+
+    // [n], what it held is lost
+    float * of(size_t n) {
+        if (n > size) {
+            operator delete(data, std::align_val_t(64));
+            data = nullptr;
+            data = (float *) operator new(n*sizeof(float), std::align_val_t(64));
+            size = n;
+        }
+        return data;
+    }
+};
 
 // One of the two caches as a task reads it.
 struct cache_side {

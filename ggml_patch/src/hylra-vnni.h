@@ -95,13 +95,15 @@ struct bytes_q8_0 {
         __m512i a[8], turned[8];
         for (int i = 0; i < 8; ++i) { // a row fills two lanes; with row i goes row i + 4, so that they come out in order below
             const char * const * from = row + i/4*8 + i%4;
-            const __m256i low = _mm256_loadu_si256((const __m256i *) (from[0] + byte)), high = _mm256_loadu_si256((const __m256i *) (from[4] + byte));
+            const __m256i low  = _mm256_loadu_si256((const __m256i *) (from[0] + byte));
+            const __m256i high = _mm256_loadu_si256((const __m256i *) (from[4] + byte));
             a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
         }
         turn_quads(a, turned);
         turn_quads(a + 4, turned + 4);
         for (int i = 0; i < 4; ++i) { // in turned, lanes of quad i and of quad i + 4 alternate
-            const __m512i even = _mm512_shuffle_i32x4(turned[i], turned[i + 4], 0x88), odd = _mm512_shuffle_i32x4(turned[i], turned[i + 4], 0xdd);
+            const __m512i even = _mm512_shuffle_i32x4(turned[i], turned[i + 4], 0x88);
+            const __m512i odd  = _mm512_shuffle_i32x4(turned[i], turned[i + 4], 0xdd);
             out[i]     = _mm512_xor_si512(even, _mm512_set1_epi8(-128));
             out[i + 4] = _mm512_xor_si512(odd,  _mm512_set1_epi8(-128));
         }
