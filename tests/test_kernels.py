@@ -9,7 +9,7 @@ from gguf import quants
 
 from hylra_gguf import engine
 
-ISAS = ["ref", "base", "avx2", "avx512"]
+ISAS = ["ref", "base", "avx2", "avx512", "avx512vnni"]
 FORCED, HIDDEN = 2.0, -1.0
 
 
@@ -113,6 +113,10 @@ CASES = {
     "q4_0": dict(type_k=T.Q4_0),
     "q5_1, no reader of its own": dict(type_k=T.Q5_1),
     "k q8_0, v f16": dict(type_k=T.Q8_0, type_v=T.F16),
+    "q8_0, head 128, group 8": dict(type_k=T.Q8_0, n_embd_k=128, group=8, n_head_kv=2),
+    "q8_0, MLA 576/512": dict(type_k=T.Q8_0, n_embd_k=576, n_embd_v=512, group=5, n_head_kv=1, n_kv=300),
+    "q8_0, group 1, 3 streams of 2 tokens": dict(type_k=T.Q8_0, group=1, n_tokens=2, n_stream=3, n_kv=333),
+    "q4_0, head 96, group 4, 4 tokens": dict(type_k=T.Q4_0, n_embd_k=96, group=4, n_tokens=4),
     "head 80": dict(n_embd_k=80, group=2),
     "head 96": dict(n_embd_k=96, group=4),
     "head 128": dict(n_embd_k=128, group=5, n_head_kv=2),
@@ -191,6 +195,43 @@ def test_every_f16_number_is_read_exactly(isa):
     problem.v_raw[:] = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(problem.v_raw.shape)
     want = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
     np.testing.assert_array_equal(problem.run(isa)[0].ravel(), want)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("kind, block", [(T.Q8_0, 34), (T.Q4_0, 18)])
+def test_the_largest_numbers_of_q_and_k_fit(kind, block, isa):
+    """Whole rows of the largest and the smallest byte, against a q whose numbers are all as large as its largest: sums in whole
+    numbers are at their limit then."""
+    problem = Problem(type_k=kind, type_v=T.F32, n_embd_k=128, n_embd_v=64, group=4, n_kv=64)
+    raw = problem.k_raw.reshape(64, -1, block)
+    raw[..., :2] = np.array([2**-9], np.float16).view(np.uint8)
+    raw[:, :, 2:] = np.array([0x80, 0x7F, 0x00, 0xFF], np.uint8)[np.arange(64) % 4][:, None, None]
+    problem.k[:] = quants.dequantize(problem.k_raw.reshape(-1, block), kind).reshape(1, 64, 3, 128).transpose(0, 2, 1, 3)
+    problem.q[:] = np.sign(problem.q[..., :1]) * 3.0
+    np.testing.assert_allclose(problem.run(isa)[0], problem.expected()[0], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("kind", [T.Q8_0, T.Q4_0])
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-25, 1e25])
+def test_queries_of_any_size_are_read(size, kind, isa):
+    """Of the vanishing ones every cell weighs the same; of the largest one cell takes all."""
+    problem = Problem(type_k=kind)
+    problem.q *= np.float32(size)
+    np.testing.assert_allclose(problem.run(isa)[0], problem.expected()[0], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("kind", [T.Q8_0, T.Q4_0])
+@pytest.mark.parametrize("outlier", [1, 20])
+def test_what_a_kernel_loses_is_far_below_the_rounding_of_k(outlier, kind, isa):
+    """Also of a q with one number that is much larger than the others, which a common unit of them has to reach."""
+    rounded, exact = (Problem(type_k=k, type_v=T.F32, n_embd_k=128, group=4, n_kv=2000) for k in (kind, T.F32))  # of the same numbers
+    for problem in (rounded, exact):
+        problem.q[..., 5] *= outlier
+    want = rounded.expected()[0]
+    lost, rounding = (np.sqrt(np.mean((x - want) ** 2) / np.mean(want**2)) for x in (rounded.run(isa)[0], exact.expected()[0]))
+    assert lost < 1e-5 and 500 * lost < rounding < 0.5
 
 
 def test_no_visible_cell_gives_zeros():

@@ -2,7 +2,7 @@
 // One sequence, one token; it measures kernels and nothing else (llama.cpp's graph and weights are `hylra-gguf bench`).
 //
 //   bench-kernels [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 32768] [--top-k 1024] [--lists 8] [--type f16|q8_0|bf16|f32|q4_0]
-//                 [--threads 2] [--repetitions 9] [--isa avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|scores|reuse|read]
+//                 [--threads 2] [--repetitions 9] [--isa avx512vnni|avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|scores|reuse|read]
 //
 // --cache hot: nothing is read between the arms, so that a few cells stay in the processor's cache and only arithmetic is left.
 // --only: the arms of that name alone, so that a counter around the process sees nothing else; read is what comes before each.

@@ -32,7 +32,7 @@ from hylra_gguf.policy import Policy
 from hylra_gguf.report import load_plots
 from hylra_gguf.tables import to_md
 
-ISAS = ("avx512", "avx2", "base", "ref")
+ISAS = ("avx512vnni", "avx512", "avx2", "base", "ref")
 HOT_CELLS = 128  # K and V of all heads stay in the second-level cache, whatever their type
 HOT_REPETITIONS = 99
 COUNTED_STEPS = (4, 36)  # of two runs: the difference leaves out loading and filling

@@ -51,11 +51,15 @@ hylra_norm hylra_normaliser(const hylra_job & job, int stream, int token, int he
 #if defined(HYLRA_X86)
 extern const hylra_kernels hylra_kernels_avx2;
 extern const hylra_kernels hylra_kernels_avx512;
+extern const hylra_kernels hylra_kernels_avx512vnni;
 #endif
 extern const hylra_kernels hylra_kernels_base;
 
 static const hylra_kernels * runnable(const hylra_kernels & kernels) {
 #if defined(HYLRA_X86)
+    if (&kernels == &hylra_kernels_avx512vnni) {
+        return __builtin_cpu_supports("avx512vnni") && runnable(hylra_kernels_avx512) ? &kernels : nullptr;
+    }
     if (&kernels == &hylra_kernels_avx512) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") ? &kernels : nullptr;
@@ -69,7 +73,7 @@ static const hylra_kernels * runnable(const hylra_kernels & kernels) {
 
 static const hylra_kernels * const ALL_KERNELS[] = { // fastest first; the scalar twins are never chosen by default
 #if defined(HYLRA_X86)
-    &hylra_kernels_avx512, &hylra_kernels_avx2,
+    &hylra_kernels_avx512vnni, &hylra_kernels_avx512, &hylra_kernels_avx2,
 #endif
     &hylra_kernels_base, &hylra_kernels_ref,
 };

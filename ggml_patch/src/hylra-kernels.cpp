@@ -1,4 +1,4 @@
-// The fast kernels, compiled once per instruction set (HYLRA_ISA: base, avx2, avx512). Cells are the outer loop: a K or V
+// The fast kernels, compiled once per instruction set (HYLRA_ISA: base, avx2, avx512, avx512vnni). Cells are the outer loop: a K or V
 // row is read once for all query heads of its group and all tokens of the batch.
 // The plain statement of what each kernel computes is its twin in hylra-ref.cpp.
 #include "hylra-attn.h"
@@ -66,6 +66,7 @@ struct worker {
     const int group; // query heads per KV head
 
     alignas(64) float q_room[MAX_HEADS*HYLRA_MAX_EMBD];
+    const float * packed = nullptr; // [n_k, n_head, n_tokens] queries of the task, if the type of K has its own form of them
     cache_side k, v;
 
     // room: [2*TILE*HYLRA_MAX_EMBD], touched only by types and head sizes without kernels of their own
@@ -74,9 +75,29 @@ struct worker {
         k(a.k, a.k_nb, stream, a.type_k, a.n_embd_k, job.k_to_float, room),
         v(a.v, a.v_nb, stream, a.type_v, a.n_embd_v, job.v_to_float, room + TILE*HYLRA_MAX_EMBD) {}
 
-    // query row padded with zeros; the source itself when it needs no padding
+    const float * source_query(int token, int head) const {
+        return (const float *) ((const char *) a.q + token*a.q_nb[1] + head*a.q_nb[2] + stream*a.q_nb[3]);
+    }
+
+    // Once per task: tiles are the outer loop, and each needs all queries again.
+    void pack_queries(int begin, int end) {
+        if (!k.kernels->pack) {
+            return;
+        }
+        static thread_local thread_room kept;
+        float * room = kept.of(size_t(n_k)*a.n_head*a.n_tokens);
+        for (int row = begin*a.n_head; row < end*a.n_head; ++row) {
+            k.kernels->pack(source_query(row/a.n_head, row%a.n_head), n_k, room + size_t(row)*n_k);
+        }
+        packed = room;
+    }
+
+    // query row as `dot` wants it: packed, or padded with zeros, or the source itself
     const float * query(int token, int head, float * room) const {
-        const float * q = (const float *) ((const char *) a.q + token*a.q_nb[1] + head*a.q_nb[2] + stream*a.q_nb[3]);
+        if (packed) {
+            return packed + (size_t(token)*a.n_head + head)*n_k;
+        }
+        const float * q = source_query(token, head);
         if (n_k == a.n_embd_k) {
             return q;
         }
@@ -196,6 +217,7 @@ struct worker {
         for (int token = 0; token < a.n_tokens; ++token) {
             clear_partials(token);
         }
+        pack_queries(0, a.n_tokens);
         const auto tile = [&](int cell) { return block{ nullptr, cell, std::max(0, std::min(TILE, a.n_kv - cell)) }; };
         start(tile(begin));
         for (int cell = begin; cell < end; cell += TILE) {
@@ -218,6 +240,7 @@ struct worker {
         const int begin = chunk*job.chunk_cells;
         const int end   = std::min(begin + job.chunk_cells, int(job.attn.n_cells));
         clear_partials(token);
+        pack_queries(token, token + 1);
         start(list_block(token, 0, begin, end));
         if (job.attn.lists == 1) {
             for (int i = begin; i < end; i += TILE) {

@@ -1,11 +1,16 @@
 // One tile of cells: dot products with the query heads of a group, and the weighted sum of its V rows. A row is converted to
-// F32 in registers and used for up to MAX_HEADS query heads at once. Included by hylra-kernels.cpp only.
+// F32 in registers and used for up to MAX_HEADS query heads at once; with VNNI a K of 8 or 4 bits stays in bytes. Included by
+// hylra-kernels.cpp only.
 #pragma once
 
 #include "hylra-attn.h"
 #include "hylra-rows.h"
+#if defined(__AVX512VNNI__)
+#    include "hylra-vnni.h"
+#endif
 
 #include <algorithm>
+#include <new>
 
 namespace {
 
@@ -92,6 +97,23 @@ void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*
     }
 }
 
+#if defined(__AVX512VNNI__)
+// the same for K in bytes; q: as pack_bytes makes them
+template<class BYTES_OF, int HEADS>
+void dot_tile_bytes(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]) {
+    const char * row[TILE];
+    for (int i = 0; i < TILE; ++i) {
+        row[i] = k.at(i);
+        k.fetch_next(i);
+    }
+    static_assert(TILE == BYTES_ROWS, "");
+    dot_bytes<BYTES_OF, HEADS>(q, row, n_step*LANES/BLOCK, s);
+}
+
+template<class BYTES_OF>
+void pack_bytes(const float * q, int n, float * out) { pack_query(q, n, BYTES_OF::ZERO, out); }
+#endif
+
 // acc[h][d0..] += sum over cells of p[h][cell]*v[cell][d0..] for STEPS vectors of dimensions, whose sums stay in registers
 template<class READER, int HEADS, int STEPS>
 void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, int step, float * const * acc) {
@@ -143,17 +165,28 @@ void accumulate_tile(const float (*p)[TILE], const tile_rows & v, int n_cells, i
 typedef void (*dot_t)(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]);
 typedef void (*accumulate_t)(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc);
 
+typedef void (*pack_t)(const float * q, int n, float * out); // [n] -> [n]
+
 // The kernels of one KV type, by number of query heads.
 struct type_kernels {
+    pack_t       pack; // what `dot` wants a query to go through first; nullptr: F32 as it is
     dot_t        dot[MAX_HEADS];
     accumulate_t accumulate[MAX_HEADS];
 };
 
 template<class READER>
-constexpr type_kernels kernels_of = {
+constexpr type_kernels kernels_of = { nullptr,
     { dot_tile<READER, 1>, dot_tile<READER, 2>, dot_tile<READER, 3>, dot_tile<READER, 4> },
     { accumulate_tile<READER, 1>, accumulate_tile<READER, 2>, accumulate_tile<READER, 3>, accumulate_tile<READER, 4> },
 };
+
+#if defined(__AVX512VNNI__)
+template<class READER, class BYTES_OF>
+constexpr type_kernels kernels_of_bytes = { pack_bytes<BYTES_OF>,
+    { dot_tile_bytes<BYTES_OF, 1>, dot_tile_bytes<BYTES_OF, 2>, dot_tile_bytes<BYTES_OF, 3>, dot_tile_bytes<BYTES_OF, 4> },
+    { accumulate_tile<READER, 1>, accumulate_tile<READER, 2>, accumulate_tile<READER, 3>, accumulate_tile<READER, 4> },
+};
+#endif
 
 // nullptr: rows of this type or size go through a padded F32 copy
 const type_kernels * direct_kernels(int type, int n_embd) {
@@ -164,11 +197,36 @@ const type_kernels * direct_kernels(int type, int n_embd) {
         case GGML_TYPE_F32:  return &kernels_of<reader_f32>;
         case GGML_TYPE_F16:  return &kernels_of<reader_f16>;
         case GGML_TYPE_BF16: return &kernels_of<reader_bf16>;
+#if defined(__AVX512VNNI__)
+        case GGML_TYPE_Q8_0: return &kernels_of_bytes<reader_q8_0, bytes_q8_0>;
+        case GGML_TYPE_Q4_0: return &kernels_of_bytes<reader_q4_0, bytes_q4_0>;
+#else
         case GGML_TYPE_Q8_0: return &kernels_of<reader_q8_0>;
         case GGML_TYPE_Q4_0: return &kernels_of<reader_q4_0>;
+#endif
     }
     return nullptr;
 }
+
+// Room that a thread keeps, so that a token allocates nothing. Not a std::vector: the linker keeps one copy of its functions for
+// all instruction sets.
+struct thread_room {
+    float * data = nullptr;
+    size_t size = 0;
+
+    ~thread_room() { operator delete(data, std::align_val_t(64)); }
+
+    // [n], what it held is lost
+    float * of(size_t n) {
+        if (n > size) {
+            operator delete(data, std::align_val_t(64));
+            data = nullptr;
+            data = (float *) operator new(n*sizeof(float), std::align_val_t(64));
+            size = n;
+        }
+        return data;
+    }
+};
 
 // One of the two caches as a task reads it.
 struct cache_side {
