@@ -198,10 +198,15 @@ def visible_gpus(gpus: list[tuple[str, str]], wanted: str | None) -> list[str]:
 
 
 def commit() -> str:
-    """Of the checkout that this runs from; on a machine without it the environment variable HYLRA_COMMIT, else the version."""
+    """What the environment variable HYLRA_COMMIT says, else the commit of the checkout that this runs from, else the version.
+
+    The variable comes first: a copy of the working tree may lie on another commit than the one that it is a copy of.
+    """
+    if os.environ.get("HYLRA_COMMIT"):
+        return os.environ["HYLRA_COMMIT"]
     folder = Path(__file__).resolve().parent
     done = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else os.environ.get("HYLRA_COMMIT") or __version__
+    return done.stdout.strip() if done.returncode == 0 else __version__
 
 
 def facts_of_machine(args) -> dict:

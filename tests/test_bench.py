@@ -195,3 +195,9 @@ def test_rows_name_the_cards_that_cuda_shows(wanted, names, tmp_path, monkeypatc
     if wanted is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wanted)
     assert bench.gpu_names(tmp_path) == names
+
+
+def test_the_commit_in_a_row_is_the_one_that_the_environment_names(monkeypatch):
+    """Results of a copy of the tree named the commit of the checkout that the copy lay on."""
+    monkeypatch.setenv("HYLRA_COMMIT", "abc1234")
+    assert bench.commit() == "abc1234"

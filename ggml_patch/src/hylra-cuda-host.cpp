@@ -13,7 +13,7 @@
 // On a GPU a reuse layer takes its 10 us however short the cache is; llama.cpp's dense kernel takes twice that at 16M values of K and V
 // (8192 cells of 8 KV heads of 128), so that even with one select layer in three nothing is lost (docs/cuda.md).
 constexpr uint64_t WORTH_VALUES         = 1u << 24;
-// MLA: 62 us for a reuse layer of DeepSeek-R1's shape on an H100, where dense takes 34 us at 8192 cells and 105 us at 61440
+// MLA: 42 us for a reuse layer of DeepSeek-R1's shape on an H200 and 300 for a sparse select layer at 61440 cells, where dense takes 105
 constexpr uint64_t WORTH_VALUES_MLA     = 1u << 26;
 constexpr int      LARGEST_PLAIN_HEAD   = 256;
 constexpr uint64_t WORTH_SKIPPED_VALUES = 12u << 20; // of V, that pay for the second attend of a select layer that skips them
