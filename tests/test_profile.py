@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -284,3 +285,15 @@ def test_read_texts(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(f"text {name} ä", encoding="utf-8")
     assert texts.read_texts([str(tmp_path / name) for name in "ab"]) == ["text a ä", "text b ä"]
+
+
+def test_memory_does_not_grow_with_tokens_times_cells(tmp_path, monkeypatch):
+    """4096 tokens: the attention of one head of one of four layers would be 64 MiB. The first pass brings in what is imported late."""
+    monkeypatch.setattr(Forward, "tokenize", lambda self, text: random_tokens(4096, seed=1))
+    model, options = str(write_tiny_model(tmp_path / "tiny.gguf")), {"top_k": [300], "n_threads": 1, "progress": False}
+    profile_model(model, TEXTS[:1], Options(contexts=[1024], samples=4, **options))
+    tracemalloc.start()
+    profile_model(model, TEXTS[:1], Options(contexts=[4096], samples=16, **options))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 8 << 20
