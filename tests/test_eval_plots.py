@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import accuracy_plots
+import accuracy_tables
 import numpy as np
 import pytest
 
@@ -11,8 +12,8 @@ from hylra_gguf import eval_plots, plots
 
 def row(arm: str, speedup, loss, kld: float, depth: int = 8192) -> dict:
     """Intervals one point and a tenth of the KLD wide"""
-    return {"arm": arm, "n_depth": depth, "speedup": speedup, "reads": 0.5, "score_loss": loss, "score_loss_low": None if loss is None else loss - 1,
-            "score_loss_high": None if loss is None else loss + 1, "mean_kld": kld, "mean_kld_low": 0.9 * kld, "mean_kld_high": 1.1 * kld}
+    return {"arm": arm, "policy": "SR", "top_k": 8, "n_depth": depth, "speedup": speedup, "reads": 0.5, "score_loss": loss,
+            "score_loss_low": None if loss is None else loss - 1, "score_loss_high": None if loss is None else loss + 1, "mean_kld": kld, "mean_kld_low": 0.9 * kld, "mean_kld_high": 1.1 * kld}
 
 
 def words_of(figure) -> list[str]:
@@ -60,6 +61,12 @@ def test_the_grid_names_lengths_in_thousands():
 
 
 def test_speeds_of_bench_take_the_place_of_those_of_eval():
-    found = accuracy_plots.with_speeds([row("dense", 1.0, 0.0, 0.0), *ROWS], [{"arm": "hylra:b", "n_depth": 8192, "speedup": 2.5},
-                                                                              {"arm": "hylra:a", "n_depth": 32000, "speedup": 9.0}])
+    b, a = ({"arm": arm, "policy": "RS", "top_k": 8, "n_depth": depth, "speedup": speedup} for arm, depth, speedup in
+            (("hylra:b", 8192, 2.5), ("hylra:a", 32000, 9.0)))
+    found = accuracy_plots.with_speeds([row("dense", 1.0, 0.0, 0.0), *ROWS], [b, a])
     assert [(one["arm"], one["speedup"]) for one in found] == [("hylra:b", 2.5)]
+    assert not accuracy_plots.with_speeds(ROWS, [{**b, "policy": "SS"}]) and not accuracy_plots.with_speeds(ROWS, [{**b, "top_k": 16}])
+
+
+def test_intervals_of_lengths_are_averaged_each_counted_once():
+    np.testing.assert_allclose(accuracy_tables.alike([(1.0, 0.0, 2.0), (3.0, 3.0, 3.0), (5.0, 3.0, 7.0)]), (3.0, 3 - 5**0.5 / 3, 3 + 5**0.5 / 3))

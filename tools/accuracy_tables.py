@@ -10,9 +10,11 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from hylra_gguf.eval_stats import paired_interval, pareto
 
-PLAN = "hylra:hylra-count"
+PLANS = ("hylra:hylra-count", "hylra:default")  # what the others of an experiment are compared with
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "accuracy"
 MARK = re.compile(r"(<!-- (\w+): ([\w. -]+?) -->\n)((?:\|.*\n)*)")
 NAMES = {"dense": "dense", "stock-fa1": "stock, flash attention on", "stock-fa0": "stock, off", "kv-q8_0": "stock, KV q8_0",
@@ -47,9 +49,31 @@ def label(row: dict) -> str:
 
 
 def interval(row: dict, name: str, form: str) -> str:
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    value = form.format(row[name])
-    return value if low is None else f"{value} ({form.format(low)} to {form.format(high)})"
+    return spelled((row[name], row.get(f"{name}_low"), row.get(f"{name}_high")), form)
+
+
+def spelled(triple, form: str) -> str:
+    """Of a value and the ends of its interval, None where they are not known"""
+    value, low, high = (None if x is None else form.format(x) for x in triple)
+    return value if low is None else f"{value} ({low} to {high})"
+
+
+def alike(triples) -> tuple[float, float, float]:
+    """(mean, low, high) of independent symmetric intervals, each counted once however much lies behind it"""
+    values, low, high = np.array(triples, float).T
+    middle, half = ((low + high) / 2).mean(), np.hypot.reduce((high - low) / 2) / len(triples)
+    return values.mean(), middle - half, middle + half
+
+
+def timed_plan(row: dict) -> tuple:
+    """What has one speed: a policy by its name, k and how many layers of it are full, select and reuse"""
+    return row["arm"], "".join(sorted(row["policy"])), row["top_k"]
+
+
+def speeds(rows: list[dict], timed: list[dict]) -> dict:
+    """{(arm, depth): the row of bench} for those rows whose policy was timed, by the same name and with as many layers of each mode"""
+    plans = {timed_plan(row) for row in rows}
+    return {(one["arm"], one["n_depth"]): one for one in timed if timed_plan(one) in plans}
 
 
 # -- kinds of tables --------------------------------------------------------------------------------------------------
@@ -76,15 +100,14 @@ def text(row: dict) -> list[str]:
 
 
 def costs(results: list) -> str:
-    """The last of the results is one of bench, with the same policies at several depths. Fronts are those of speed at the depth of the
-    questions: no other policy is as fast and loses as little."""
+    """The last of the results is one of bench, with the same policies at several depths. Fronts are those of one length, with the speed at
+    that depth: no other policy is as fast and loses as little."""
     *results, timed = results
-    speed = {(one["arm"], one["n_depth"]): one for one in timed}
-    depths = sorted({one["n_depth"] for one in timed})
     rows = [row for row in rows_of(results) if row["arm"] != "dense"]
+    speed = speeds(rows, timed)
+    depths = sorted({one["n_depth"] for one in timed})
     timed_rows = [row for row in rows if (row["arm"], row["n_depth"]) in speed]
-    fronts = {word: [row for row, best in zip(timed_rows, pareto([(one[name], speed[one["arm"], one["n_depth"]]["median_ts"])
-                                                                  for one in timed_rows])) if best]
+    fronts = {word: [row for depth in depths for row in front([row for row in timed_rows if row["n_depth"] == depth], name, speed)]
               for word, name in (("points", "score_loss"), ("KLD", "mean_kld"))}
     head = ("length", "arm", "cells read", "points lost", "perplexity", "mean KLD", *(f"tokens/s at {depth}" for depth in depths), "on the front of")
     return markdown(head, [
@@ -93,28 +116,38 @@ def costs(results: list) -> str:
          ", ".join(word for word, best in fronts.items() if row in best)] for row in rows])
 
 
+def front(rows: list[dict], name: str, speed: dict) -> list[dict]:
+    best = pareto([(row[name], speed[row["arm"], row["n_depth"]]["median_ts"]) for row in rows])
+    return [row for row, is_best in zip(rows, best) if is_best]
+
+
 def together(results: list) -> str:
-    """The questions of all lengths as one sample; documents: every length has its own"""
-    asked_of = [one for result in results for one in result["questions"]]
+    """The questions of all lengths as one sample, and each length, whose documents are its own, counted once"""
     lines = []
-    for arm in list(asked_of[0]["scores"])[1:]:
-        lost = [one["scores"]["dense"] - one["scores"][arm] for one in asked_of]
-        mean, low, high = (f"{100 * x:.2f}" for x in paired_interval(lost))
-        lines.append([NAMES.get(arm, arm), str(len(lost)), str(sum(x > 0 for x in lost)), str(sum(x < 0 for x in lost)), f"{mean} ({low} to {high})"])
-    return markdown(("arm", "questions", "worse than dense", "better", "points lost"), lines)
+    for arm in list(results[0]["questions"][0]["scores"])[1:]:
+        parts = [[100 * (one["scores"]["dense"] - one["scores"][arm]) for one in result["questions"]] for result in results]
+        lost = [one for part in parts for one in part]
+        each = [points_interval(part) for part in parts]
+        lines.append([NAMES.get(arm, arm), str(len(lost)), str(sum(x > 0 for x in lost)), str(sum(x < 0 for x in lost)),
+                      spelled(points_interval(lost), "{:.2f}"), spelled(alike(each), "{:.2f}")])
+    return markdown(("arm", "questions", "worse than dense", "better", "points lost", "points lost, each length counted once"), lines)
+
+
+def points_interval(points: list[float]) -> list[float]:
+    return [100 * x for x in paired_interval(np.array(points) / 100)]
 
 
 def against_plan(results: list) -> str:
-    """Each strategy's points behind HyLRA's plan, paired by question"""
+    """Each policy's points behind HyLRA's plan, paired by question"""
     rows, questions = rows_of(results), [one for result in results for one in result["questions"]]
+    plan = next(arm for arm in PLANS if arm in questions[0]["scores"])
     lines = []
     for row in rows:
-        if row["arm"] in ("dense", PLAN):
+        if row["arm"] in ("dense", plan):
             continue
-        behind = [one["scores"][PLAN] - one["scores"][row["arm"]] for one in questions if one["n_depth"] == row["n_depth"]]
-        mean, low, high = (f"{100 * x:.1f}" for x in paired_interval(behind))
-        lines.append([str(row["n_depth"]), label(row), str(len(behind)), f"{mean} ({low} to {high})"])
-    return markdown(("length", "strategy", "questions", "points behind the plan"), lines)
+        behind = [one["scores"][plan] - one["scores"][row["arm"]] for one in questions if one["n_depth"] == row["n_depth"]]
+        lines.append([str(row["n_depth"]), label(row), str(len(behind)), spelled([100 * x for x in paired_interval(behind)], "{:.1f}")])
+    return markdown(("length", "policy", "questions", "points behind the plan"), lines)
 
 
 def kinds(results: list) -> str:
@@ -126,19 +159,20 @@ def kinds(results: list) -> str:
     return markdown(("length", "arm", *names), lines)
 
 
-def length_ratio(row: dict) -> str:
-    if row["length_ratio"] is None:
-        return ""
-    low, high = row.get("length_ratio_low"), row.get("length_ratio_high")
-    return f"{row['length_ratio']:.3f}" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
-
-
 def long(results: list) -> str:
-    """Free text: tokens until it leaves dense greedy text, and its length where both end"""
-    head = ("length", "arm", "texts", "tokens like dense", "length against dense", "both ended")
-    return markdown(head, [[str(row["n_depth"]), label(row), str(row["n_long"]), f"{row['same_tokens']:.1f}",
-                            length_ratio(row), str(row["n_both_ended"])]
-                           for row in rows_of(results) if row.get("n_long") and row["arm"] != "dense"])
+    """Free text: tokens until it leaves dense greedy text, its length where both end, how many end; in the last lines all lengths"""
+    rows = [row for row in rows_of(results) if row["arm"] != "dense"]
+    lines = [long_line(str(row["n_depth"]), [row]) for row in rows]
+    lines += [long_line("all", [row for row in rows if row["arm"] == arm]) for arm in dict.fromkeys(row["arm"] for row in rows)]
+    return markdown(("length", "arm", "texts", "ended in dense", "ended", "in both", "tokens like dense", "length against dense"), lines)
+
+
+def long_line(length: str, rows: list[dict]) -> list[str]:
+    """Of one arm; a ratio of several lengths counts each once"""
+    texts, *ended = (sum(row[name] for row in rows) for name in ("n_long", "n_ended_dense", "n_ended", "n_both_ended"))
+    ratio = alike([[row[f"length_ratio{end}"] for end in ("", "_low", "_high")] for row in rows])
+    return [length, label(rows[0]), str(texts), *map(str, ended), f"{sum(row['n_long'] * row['same_tokens'] for row in rows) / texts:.1f}",
+            spelled(ratio, "{:.2f}")]
 
 
 KINDS = {"losses": losses, "costs": costs, "together": together, "against_plan": against_plan,
