@@ -20,6 +20,7 @@ struct shape {
     bool  sinks, shared_list, v_in_k; // v_in_k: V is the head of each K row (MLA)
     int   top_k, block_size;
     float visible;
+    float q_scale = 2.0f; // 0: all scores are equal
 };
 
 shape base(const char * name) { return { name, GGML_TYPE_F16, 128, 128, 4, 2, 1536, 1, 1, 0, 0, false, false, false, 200, 1, 0.8f }; }
@@ -62,6 +63,8 @@ std::vector<shape> shapes() {
     all.push_back(with("few visible cells", [](shape & s) { s.visible = 0.02f; s.tokens = 2; }));
     all.push_back(with("no visible cell", [](shape & s) { s.visible = 0.0f; }));
     all.push_back(with("all visible, long", [](shape & s) { s.visible = 1.0f; s.n_kv = 20000; s.top_k = 2048; s.heads_kv = 1; }));
+    all.push_back(with("equal scores", [](shape & s) { s.q_scale = 0.0f; s.n_kv = 9000; s.top_k = 1000; }));
+    all.push_back(with("scores that are close", [](shape & s) { s.q_scale = 1e-3f; s.n_kv = 9000; s.top_k = 1000; }));
     all.push_back(with("short", [](shape & s) { s.n_kv = 8; s.top_k = 5; }));
     all.push_back(with("top_k of all", [](shape & s) { s.top_k = s.n_kv; }));
     for (int block : { 16, 64, 128 }) {
@@ -81,7 +84,7 @@ struct problem {
 
     problem(const shape & s, std::mt19937 & rng) : s(s) {
         const int heads = s.group*s.heads_kv;
-        q = random_floats(rng, size_t(s.embd_k)*s.tokens*heads*s.streams, 2.0f);
+        q = random_floats(rng, size_t(s.embd_k)*s.tokens*heads*s.streams, s.q_scale);
         k = as_type(random_floats(rng, size_t(s.embd_k)*s.heads_kv*s.n_kv*s.streams, 1.0f), s.embd_k, s.type);
         v = as_type(random_floats(rng, size_t(s.embd_v)*s.heads_kv*s.n_kv*s.streams, 1.0f), s.embd_v, s.type);
         sinks = random_floats(rng, s.sinks ? heads : 0, 1.0f);

@@ -1,0 +1,78 @@
+// CUDA threads as threads of this machine, so that a kernel that waits for others can be run without a GPU: as much of the language as
+// hylra-cuda-cluster.cu speaks. A block is one loaded copy of the library that is compiled from it: what is __shared__ is static, hence the block's own.
+#pragma once
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define __CUDA_ARCH__ 900
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__
+#define __noinline__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+using std::max;
+using std::min;
+
+struct dim3 { unsigned x, y, z; dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {} };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return { x, y, z, w }; }
+
+inline thread_local dim3 threadIdx, blockIdx;
+
+template <typename To, typename From> To bits_as(From from) { To to; static_assert(sizeof(to) == sizeof(from), ""); memcpy(&to, &from, sizeof(to)); return to; }
+inline int __float_as_int(float x) { return bits_as<int>(x); }
+inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
+
+template <typename T> T atomicAdd(T * to, T x) { return __atomic_fetch_add(to, x, __ATOMIC_RELAXED); }
+inline double atomicAdd(double * to, double x) { const double before = *to; *to += x; return before; } // one thread of a row alone
+inline unsigned atomicOr(unsigned * to, unsigned x) { return __atomic_fetch_or(to, x, __ATOMIC_RELAXED); }
+
+// ---- waiting for the block, for the warp, for the cluster
+
+struct shared_by_block {
+    pthread_barrier_t block, warp[32];
+    uint64_t lanes[32][32];
+    pthread_barrier_t * cluster;
+    const char * bases[8]; // where each block's copy of `of_block` lies
+};
+inline shared_by_block of_block;
+
+inline void __syncthreads() { pthread_barrier_wait(&of_block.block); }
+inline void __syncwarp() { pthread_barrier_wait(&of_block.warp[threadIdx.x/32]); }
+
+template <typename T> T lane_of(T x, int lane) { // what another lane gives
+    uint64_t * lanes = of_block.lanes[threadIdx.x/32];
+    memcpy(&lanes[threadIdx.x%32], &x, sizeof(x));
+    __syncwarp();
+    memcpy(&x, &lanes[lane], sizeof(x));
+    __syncwarp();
+    return x;
+}
+template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return lane_of(x, int(threadIdx.x%32) ^ mask); }
+template <typename T> T __shfl_up_sync(unsigned, T x, int step) { return lane_of(x, std::max(int(threadIdx.x%32) - step, 0)); }
+
+// ---- launches: the test starts the threads itself
+
+typedef void * cudaStream_t;
+enum { cudaSuccess, cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
+struct cudaFuncAttributes { int ptxVersion; };
+struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val; };
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute * attrs; int numAttrs; };
+inline int cudaGetDevice(int * device) { *device = 0; return cudaSuccess; }
+template <typename F> int cudaFuncGetAttributes(cudaFuncAttributes * attributes, F) { attributes->ptxVersion = 90; return cudaSuccess; }
+template <typename F, typename... Args> int cudaLaunchKernelEx(const cudaLaunchConfig_t *, F, Args...) { return cudaSuccess; }
+inline void cudaGridDependencySynchronize() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
