@@ -17,6 +17,7 @@ from test_cuda_plan import SOURCES, ggml_headers
 
 THREADS = Path(__file__).resolve().parent / "cuda_threads"
 BLOCKS = 8
+NO_THREADS = 3  # what cluster.cpp ends with
 HIDDEN, FORCED = -1.0, 2.0  # hylra-attn.h
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -63,6 +64,8 @@ def rows():
 def test_a_cluster_of_blocks_chooses_what_the_serial_code_chooses(cluster):
     lines = [f"{len(scores)} {top_k} " + " ".join(float(np.float32(x)).hex() for x in scores) for top_k, scores in rows().values()]
     done = subprocess.run(cluster, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=900)  # 30 s; a lost barrier would never end
+    if done.returncode == NO_THREADS:
+        pytest.skip("this machine does not give a process 4096 threads")
     assert done.returncode == 0, done.stderr
     found = dict(zip(rows(), (line.split() for line in done.stdout.splitlines())))
     assert len(found) == len(rows())
