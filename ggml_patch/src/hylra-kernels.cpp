@@ -55,11 +55,6 @@ void scale_row(float * row, int n, float factor) {
     }
 }
 
-// How far ahead of the tile that is computed rows are fetched, with a list per head. `bench-kernels --only reuse` took 0.46 ms with one tile, 0.46 with
-// two, 0.31 with four and 0.32 with eight (Sapphire Rapids, 8 lists of 1024 of 32768 cells); with all arms in turn, which leaves less in the
-// processor's cache, 0.67 with one and 0.65 with four. A shared list has the rows of all heads in a tile.
-constexpr int FETCH_TILES = 4;
-
 // What one task works on: a chunk of one stream.
 struct worker {
     const hylra_job & job;
@@ -180,21 +175,21 @@ struct worker {
         }
     }
 
-    // Nobody has fetched a thread's first rows: those of a tile and the heads before n_head, all at once, so that their latencies overlap.
-    void start(const block & b, int n_head) {
+    // Nobody has fetched a thread's first rows: all at once, so that their latencies overlap.
+    void start(const block & first) {
         for (cache_side * side : { &k, &v }) {
-            side->advance(b, b);
+            side->advance(first);
             if (!side->direct || (side == &v && job.scores_only)) {
                 continue; // copied rows are read when they are needed
             }
-            for (int head_kv = 0; head_kv < n_head; ++head_kv) {
-                side->rows(b, 0, head_kv).fetch_all();
+            for (int head_kv = 0; head_kv < (job.cells && job.attn.lists > 1 ? 1 : a.n_head_kv); ++head_kv) {
+                side->rows(first, 0, head_kv).fetch_next_all();
             }
         }
     }
 
-    // one tile, all KV heads, for those tokens from begin to end that see any of its cells; fetched: a tile further on
-    void attend_block(const block & b, const block & fetched, int begin, int end) {
+    // one tile, all KV heads, for those tokens from begin to end that see any of its cells; next: the tile after it
+    void attend_block(const block & b, const block & next, int begin, int end) {
         alignas(64) float bias[HYLRA_MAX_TOKENS][TILE];
         int tokens[HYLRA_MAX_TOKENS];
         int n = 0;
@@ -205,8 +200,8 @@ struct worker {
                 hide_weights(b, token);
             }
         }
-        k.advance(b, fetched);
-        v.advance(b, fetched);
+        k.advance(next);
+        v.advance(next);
         for (int head_kv = 0; n > 0 && head_kv < a.n_head_kv; ++head_kv) {
             const tile_rows k_rows = k.rows(b, head_kv, head_kv), v_rows = v.rows(b, head_kv, head_kv);
             for (int i = 0; i < n; ++i) {
@@ -224,7 +219,7 @@ struct worker {
         }
         pack_queries(0, a.n_tokens);
         const auto tile = [&](int cell) { return block{ nullptr, cell, std::max(0, std::min(TILE, a.n_kv - cell)) }; };
-        start(tile(begin), a.n_head_kv);
+        start(tile(begin));
         for (int cell = begin; cell < end; cell += TILE) {
             attend_block(tile(cell), tile(cell + TILE), 0, a.n_tokens);
         }
@@ -246,37 +241,30 @@ struct worker {
         const int end   = std::min(begin + job.chunk_cells, int(job.attn.n_cells));
         clear_partials(token);
         pack_queries(token, token + 1);
+        start(list_block(token, 0, begin, end));
         if (job.attn.lists == 1) {
-            start(list_block(token, 0, begin, end), a.n_head_kv);
             for (int i = begin; i < end; i += TILE) {
                 attend_block(list_block(token, 0, i, end), list_block(token, 0, i + TILE, a.n_cells), token, token + 1);
             }
-        } else {
-            attend_lists(token, begin, end);
+            return;
+        }
+        for (int head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
+            for (int i = begin; i < end; i += TILE) {
+                // after the last tile comes the next head, after the last head the next chunk
+                const bool last = i + TILE >= end, done = last && head_kv + 1 == a.n_head_kv;
+                const int next_head = done ? 0 : head_kv + last;
+                const block next = list_block(token, next_head, last && !done ? begin : i + TILE, done ? a.n_cells : end);
+                attend_entries(list_block(token, head_kv, i, end), next, token, head_kv, next_head);
+            }
         }
     }
 
-    // tiles of one head after the other; behind the last one come those of the next chunk
-    void attend_lists(int token, int begin, int end) {
-        const int n_tile = (end - begin + TILE - 1)/TILE, n = n_tile*a.n_head_kv;
-        const auto head_of = [&](int i) { return i < n ? i/n_tile : 0; };
-        const auto tile    = [&](int i) {
-            return i < n ? list_block(token, i/n_tile, begin + i%n_tile*TILE, end) : list_block(token, 0, end + (i - n)*TILE, a.n_cells);
-        };
-        for (int i = 0; i < std::min(FETCH_TILES, n_tile); ++i) {
-            start(tile(i), 1);
-        }
-        for (int i = 0; i < n; ++i) {
-            attend_entries(tile(i), tile(i + FETCH_TILES), token, head_of(i), head_of(i + FETCH_TILES));
-        }
-    }
-
-    void attend_entries(const block & b, const block & fetched, int token, int head_kv, int fetched_head) {
+    void attend_entries(const block & b, const block & next, int token, int head_kv, int next_head) {
         alignas(64) float bias[TILE];
-        k.advance(b, fetched);
-        v.advance(b, fetched);
+        k.advance(next);
+        v.advance(next);
         if (b.n > 0 && read_bias(b, token, bias)) {
-            attend_group(b, k.rows(b, head_kv, fetched_head), v.rows(b, head_kv, fetched_head), token, head_kv, bias);
+            attend_group(b, k.rows(b, head_kv, next_head), v.rows(b, head_kv, next_head), token, head_kv, bias);
         }
     }
 };

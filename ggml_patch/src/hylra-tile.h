@@ -33,22 +33,22 @@ struct block {
 struct tile_rows {
     const char * base;
     const size_t * offset;
-    const char * fetch_base;
-    const size_t * fetch_offset;
+    const char * next_base;
+    const size_t * next_offset;
     int row_bytes;
 
     const char * at(int i) const { return base + offset[i]; }
 
-    void fetch(int i) const {
-        const char * row = fetch_base + fetch_offset[i];
+    void fetch_next(int i) const {
+        const char * row = next_base + next_offset[i];
         for (int byte = 0; byte < row_bytes; byte += 64) {
             __builtin_prefetch(row + byte, 0, 2);
         }
     }
 
-    void fetch_all() const {
+    void fetch_next_all() const {
         for (int i = 0; i < TILE; ++i) {
-            fetch(i);
+            fetch_next(i);
         }
     }
 };
@@ -70,7 +70,7 @@ void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*
             const char * row[CELLS];
             for (int c = 0; c < CELLS; ++c) {
                 row[c] = k.at(cell + p*CELLS + c);
-                k.fetch(cell + p*CELLS + c);
+                k.fetch_next(cell + p*CELLS + c);
             }
             vf acc[HEADS][CELLS] = {};
             for (int i = 0; i < n_step; i += READER::STEPS) {
@@ -104,7 +104,7 @@ void dot_tile_bytes(const float * const * q, const tile_rows & k, int n_step, fl
     const char * row[TILE];
     for (int i = 0; i < TILE; ++i) {
         row[i] = k.at(i);
-        k.fetch(i);
+        k.fetch_next(i);
     }
     static_assert(TILE == BYTES_ROWS, "");
     dot_bytes<BYTES_OF, HEADS>(q, row, n_step*LANES/BLOCK, s);
@@ -126,7 +126,7 @@ void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, 
     for (int cell = 0; cell < n_cells; ++cell) {
         const char * row = v.at(cell);
         if (step == 0) {
-            v.fetch(cell);
+            v.fetch_next(cell);
         }
         vf w[HEADS];
         for (int h = 0; h < HEADS; ++h) {
@@ -237,8 +237,9 @@ struct cache_side {
     bool   direct;
     hylra_to_float_t to_float;
     float * copy;             // [padded(n_embd), TILE] if not direct
-    size_t offset[TILE], fetch_offset[TILE]; // of the cells of this tile, and of the one that is fetched
+    size_t offset[2][TILE];   // of the cells of this tile and the next
     size_t copy_offset[TILE];
+    int    now = 0;
 
     cache_side(const void * data, const uint64_t * nb, int stream, int type, int n_embd, hylra_to_float_t to_float, float * copy) :
         data((const char *) data + stream*nb[3]), cell_bytes(nb[1]), head_bytes(nb[2]), type(type), n_embd(n_embd),
@@ -248,15 +249,16 @@ struct cache_side {
         }
     }
 
-    void advance(const block & tile, const block & fetched) {
-        find_rows(tile, cell_bytes, offset);
-        find_rows(fetched, cell_bytes, fetch_offset);
+    // Before the first tile with what it holds, then at each tile with the one that follows it.
+    void advance(const block & next) {
+        now ^= 1;
+        find_rows(next, cell_bytes, offset[now ^ 1]);
     }
 
-    // fetched_head: the KV head of the tile that is fetched
-    tile_rows rows(const block & b, int head_kv, int fetched_head) {
+    // next_head: the KV head that is read in the next tile
+    tile_rows rows(const block & b, int head_kv, int next_head) {
         const char * head = data + head_kv*head_bytes;
-        return direct ? tile_rows{ head, offset, data + fetched_head*head_bytes, fetch_offset, int(head_bytes) } : converted(b, head);
+        return direct ? tile_rows{ head, offset[now], data + next_head*head_bytes, offset[now ^ 1], int(head_bytes) } : converted(b, head);
     }
 
     // stride of the copy: whole vectors, so that kernels need no tail
@@ -265,7 +267,7 @@ struct cache_side {
             float * row = copy + i*hylra_padded(n_embd);
             copy_offset[i] = i*hylra_padded(n_embd)*sizeof(float);
             memset(row, 0, sizeof(float)*hylra_padded(n_embd));
-            const char * source = head + offset[i];
+            const char * source = head + offset[now][i];
             if (i < b.n && to_float) {
                 to_float(source, row, n_embd);
             } else if (i < b.n) {
