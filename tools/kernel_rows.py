@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> dict:
             command = [args.source, "--n-kv", n_kv, "--type", kind, "--threads", args.threads, "--repetitions", args.repetitions]
             print(shlex.join(command), file=sys.stderr)
             rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
-    command = ["kernel_rows.py", *sys.argv[1:]]
+    command = ["kernel_rows.py", Path(args.source).name, *(word for word in sys.argv[1:] if word != args.source)] # where it lies is the machine's affair
     return {"machine": cpu_info(), "commit": commit(), "command": shlex.join(command), "rows": rows}
 
 

@@ -116,15 +116,16 @@ def train(model: Llama, samples: Samples, made: Iterator, seconds: float, device
     start, step, phases = time.monotonic(), 0, {}
     while (done := (time.monotonic() - start) / seconds) < 1:
         n_tokens, n_samples = [(min(n, samples.longest), size) for share, n, size in PHASES if done >= share][-1]
-        phase = phases.setdefault(n_tokens, {"sample_tokens": n_tokens, "samples_per_step": n_samples, "steps": 0, "losses": []})
+        phase = phases.setdefault(n_tokens, {"sample_tokens": n_tokens, "steps": 0, "tokens": 0, "losses": []})
         for group in optimiser.param_groups:
             group["lr"] = rate(step, done)
         loss = one_step(model, optimiser, *samples.batch(made, n_tokens, n_samples), device)
-        if step % STEPS_PER_LINE == 0:
+        if phase["steps"] % STEPS_PER_LINE == 0: # the first of each length too: no phase is without a loss
             phase["losses"].append(loss.item())
             print(f"step {step}: {n_tokens} tokens, loss on answers {loss.item():.4f}, {100 * done:.1f} % of the time", file=sys.stderr)
         step += 1
         phase["steps"] += 1
+        phase["tokens"] += n_tokens * n_samples
         phase["end_s"] = round(time.monotonic() - start, 1)
     for phase in phases.values():
         phase["loss"] = float(np.mean(phase.pop("losses")[-10:]))
@@ -162,7 +163,7 @@ def main() -> None:
         if device == "cuda":
             compile_blocks(model)
         phases = train(model.to(device), samples, made, 60 * args.minutes, device)
-    tokens = sum(phase["steps"] * phase["samples_per_step"] * phase["sample_tokens"] for phase in phases)
+    tokens = sum(phase["tokens"] for phase in phases)
     save(model, reader, args.output, Path(args.output).stem)
     print(json.dumps({**machine(device), "commit": bench.commit(), "hay_tokens": len(hay), "tokens": tokens, "phases": phases}, indent=1))
 
