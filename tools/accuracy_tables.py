@@ -159,6 +159,18 @@ def kinds(results: list) -> str:
     return markdown(("length", "arm", *names), lines)
 
 
+def places(results: list) -> str:
+    """Points lost by where in the text the facts stand, and for all places but the first"""
+    questions = [one for result in results for one in result["questions"]]
+    parts = {f"{20 * fifth} to {20 * fifth + 20} %": [one for one in questions if min(int(5 * one["where"]), 4) == fifth] for fifth in range(5)}
+    parts["20 to 100 %"] = [one for one in questions if one["where"] >= 0.2]
+    arms = list(questions[0]["scores"])[1:]
+    lines = [[place, str(len(part)), f"{100 * np.mean([one['scores']['dense'] for one in part]):.1f}",
+              *(spelled(points_interval([100 * (one["scores"]["dense"] - one["scores"][arm]) for one in part]), "{:.1f}") for arm in arms)]
+             for place, part in parts.items()]
+    return markdown(("place in the text", "questions", "dense", *(f"points lost, {NAMES.get(arm, arm)}" for arm in arms)), lines)
+
+
 def long(results: list) -> str:
     """Free text: tokens until it leaves dense greedy text, its length where both end, how many end; in the last lines all lengths"""
     rows = [row for row in rows_of(results) if row["arm"] != "dense"]
@@ -176,7 +188,7 @@ def long_line(length: str, rows: list[dict]) -> list[str]:
 
 
 KINDS = {"losses": losses, "costs": costs, "together": together, "against_plan": against_plan,
-         "kinds": kinds, "long": long}
+         "kinds": kinds, "places": places, "long": long}
 
 
 if __name__ == "__main__":
