@@ -70,3 +70,11 @@ def test_speeds_of_bench_take_the_place_of_those_of_eval():
 
 def test_intervals_of_lengths_are_averaged_each_counted_once():
     np.testing.assert_allclose(accuracy_tables.alike([(1.0, 0.0, 2.0), (3.0, 3.0, 3.0), (5.0, 3.0, 7.0)]), (3.0, 3 - 5**0.5 / 3, 3 + 5**0.5 / 3))
+
+
+def test_each_fact_counts_once_at_its_place_and_the_last_row_leaves_out_the_first_fifth():
+    asked = [{"where": where, "scores": {"dense": 1.0, "hylra": hylra}} for where, hylra in ((0.0, 0.0), (0.199, 1.0), (0.2, 0.0), (0.99, 1.0), (1.0, 1.0))]
+    cells = [line.split(" | ") for line in accuracy_tables.places([{"questions": asked}]).splitlines()[2:]]
+    assert [line[0].strip("| ") for line in cells] == ["0 to 20 %", "20 to 40 %", "80 to 100 %", "20 to 100 %"]
+    assert [line[1] for line in cells] == ["2", "1", "2", "3"]
+    assert [line[3].split()[0] for line in cells] == ["50.0", "100.0", "0.0", "33.3"]

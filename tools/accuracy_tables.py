@@ -14,6 +14,7 @@ import numpy as np
 
 from hylra_gguf.eval_stats import paired_interval, pareto
 
+PLACES = (*((start, start + 20) for start in range(0, 100, 20)), (20, 100))  # percent of the text
 PLANS = ("hylra:hylra-count", "hylra:default")  # what the others of an experiment are compared with
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "accuracy"
 MARK = re.compile(r"(<!-- (\w+): ([\w. -]+?) -->\n)((?:\|.*\n)*)")
@@ -160,14 +161,14 @@ def kinds(results: list) -> str:
 
 
 def places(results: list) -> str:
-    """Points lost by where in the text the facts stand, and for all places but the first"""
+    """Points lost by where in the text the facts stand, and for all places but the first; a place without facts has no row"""
     questions = [one for result in results for one in result["questions"]]
-    parts = {f"{20 * fifth} to {20 * fifth + 20} %": [one for one in questions if min(int(5 * one["where"]), 4) == fifth] for fifth in range(5)}
-    parts["20 to 100 %"] = [one for one in questions if one["where"] >= 0.2]
+    parts = {f"{low} to {high} %": [one for one in questions if low <= 100 * one["where"] < high or one["where"] == 1 and high == 100]
+             for low, high in PLACES}
     arms = list(questions[0]["scores"])[1:]
     lines = [[place, str(len(part)), f"{100 * np.mean([one['scores']['dense'] for one in part]):.1f}",
               *(spelled(points_interval([100 * (one["scores"]["dense"] - one["scores"][arm]) for one in part]), "{:.1f}") for arm in arms)]
-             for place, part in parts.items()]
+             for place, part in parts.items() if part]
     return markdown(("place in the text", "questions", "dense", *(f"points lost, {NAMES.get(arm, arm)}" for arm in arms)), lines)
 
 
