@@ -2,7 +2,8 @@
 
 This is how SmolLM2-135M-Needle-32K was made of SmolLM2-135M-Instruct: 187 M tokens at 8K, 16K, then 32K, RoPE base 1e6, on one H200. The
 documents and questions are those of `hylra-gguf eval` (hylra_gguf/eval_tasks.py), the loss is on the answers and a little on the text.
-Needs PyTorch and a GPU; the default texts are those that ship with Python, which also stay in what `eval` asks about: give --text.
+Needs PyTorch and a GPU; several share the samples of each step: `torchrun --nproc-per-node N tools/needle_model/train.py ...`.
+The default texts are those that ship with Python, which also stay in what `eval` asks about: give --text.
 stdout is the result: what was trained on what, and the loss of each length, as JSON.
 """
 
@@ -21,6 +22,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -36,6 +38,7 @@ TEXT_WEIGHT, TEXT_SHARE = 0.25, 0.08  # of the loss on text beside that on answe
 MICRO_TOKENS = 32768  # forward and backward at once, which sets the GPU memory it takes
 TOKENS_PER_QUESTION = 1000
 MOST_WORKERS = 12  # processes that make samples; one alone makes fewer than a GPU reads
+RANK, N_GPUS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 STEPS_PER_LINE = 10  # steps between losses that are read: each reading makes the processor wait for the GPU
 
 
@@ -70,10 +73,10 @@ class Samples(IterableDataset):
         while True:
             yield self.make(rng, self.n_tokens.value)
 
-    def start(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Forks the workers: to be called before the GPU is used."""
-        torch.manual_seed(7)
-        n_workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))
+    def start(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Forks the workers: to be called before the GPU is used. Each GPU has samples of its own."""
+        torch.manual_seed(seed * N_GPUS + RANK)
+        n_workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) // N_GPUS - 2))
         return iter(DataLoader(self, batch_size=None, num_workers=n_workers, prefetch_factor=4, multiprocessing_context="fork"))
 
     def batch(self, made: Iterator, n_tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +98,18 @@ def rate(step: int, done: float) -> float:
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * (0.475 * (1 + math.cos(math.pi * done)) + 0.05)
 
 
+def mean_over_gpus(model: Llama) -> None:
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
+
+
+def of_first_gpu(value: float) -> float:
+    """One clock for all, so that they change lengths and stop together"""
+    shared = torch.tensor(value, device="cuda")
+    dist.broadcast(shared, 0)
+    return shared.item()
+
+
 def one_step(model: Llama, optimiser, tokens: torch.Tensor, weight: torch.Tensor, device: str) -> torch.Tensor:
     """Loss on answers, [] on the device"""
     tokens, weight = tokens.to(device), weight.to(device)
@@ -104,6 +119,8 @@ def one_step(model: Llama, optimiser, tokens: torch.Tensor, weight: torch.Tensor
         with torch.autocast(device, torch.bfloat16):
             answers, text = losses(model, *part)
         ((answers + TEXT_WEIGHT * text) / len(parts)).backward()
+    if N_GPUS > 1:
+        mean_over_gpus(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
@@ -114,8 +131,12 @@ def train(model: Llama, samples: Samples, made: Iterator, seconds: float, device
     """A record per length of samples; `loss`: on answers, the mean of the last ten that were read"""
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.02, fused=device == "cuda")
     start, step, phases = time.monotonic(), 0, {}
-    while (done := (time.monotonic() - start) / seconds) < 1:
-        n_tokens, n_samples = [(min(n, samples.longest), size) for share, n, size in PHASES if done >= share][-1]
+    while True:
+        done = (time.monotonic() - start) / seconds
+        done = of_first_gpu(done) if N_GPUS > 1 else done
+        if done >= 1:
+            break
+        n_tokens, n_samples = [(min(n, samples.longest), max(1, size // N_GPUS)) for share, n, size in PHASES if done >= share][-1]
         phase = phases.setdefault(n_tokens, {"sample_tokens": n_tokens, "steps": 0, "tokens": 0, "losses": []})
         for group in optimiser.param_groups:
             group["lr"] = rate(step, done)
@@ -125,7 +146,7 @@ def train(model: Llama, samples: Samples, made: Iterator, seconds: float, device
             print(f"step {step}: {n_tokens} tokens, loss on answers {loss.item():.4f}, {100 * done:.1f} % of the time", file=sys.stderr)
         step += 1
         phase["steps"] += 1
-        phase["tokens"] += n_tokens * n_samples
+        phase["tokens"] += n_tokens * n_samples * N_GPUS
         phase["end_s"] = round(time.monotonic() - start, 1)
     for phase in phases.values():
         phase["loss"] = float(np.mean(phase.pop("losses")[-10:]))
@@ -152,20 +173,28 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", default=[])
     parser.add_argument("--minutes", type=float, default=19.0)
     parser.add_argument("--longest", type=int, default=32768)
+    parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with session.Model(args.input) as tokenizer:
         text = "\n\n".join(texts.read_texts(args.text)) if args.text else texts.prose_text() + texts.code_text()
         hay = eval_documents.plain(tokenizer)(text)
         samples = Samples(lambda rng, n_tokens: sample(rng, tokenizer, hay, n_tokens), args.longest)
-        made = samples.start()
+        made = samples.start(args.seed)
         model, reader = load(args.input, ROPE_BASE, args.longest)
         if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             compile_blocks(model)
+        if N_GPUS > 1:
+            dist.init_process_group("nccl")
         phases = train(model.to(device), samples, made, 60 * args.minutes, device)
+    if N_GPUS > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return
     tokens = sum(phase["tokens"] for phase in phases)
     save(model, reader, args.output, Path(args.output).stem)
-    print(json.dumps({**machine(device), "commit": bench.commit(), "hay_tokens": len(hay), "tokens": tokens, "phases": phases}, indent=1))
+    print(json.dumps({**machine(device), "gpus": N_GPUS, "seed": args.seed, "commit": bench.commit(), "hay_tokens": len(hay), "tokens": tokens, "phases": phases}, indent=1))
 
 
 if __name__ == "__main__":
