@@ -23,7 +23,7 @@ STRATEGIES: Dict[str, tuple[str, ...]] = {
     "pattern": ("pattern",),
 }
 COMMON = ("top_k", "top_k_fraction", "lists", "sink", "recent", "min_context", "block_size", "similarity", "statistic",
-          "max_sensitivity", "select")
+          "max_sensitivity", "select", "for_context")
 OWN = tuple(dict.fromkeys(flag for flags in STRATEGIES.values() for flag in flags))
 PLAN_FLAGS = ("strategy", *OWN, *COMMON)
 CHOOSING = ("target_speedup", "max_loss")
@@ -70,6 +70,8 @@ def add_policy_flags(group: Any) -> None:
     group.add_argument("--top-k-fraction", type=number(0, 1, above=True), metavar="X", help="keep this share of the cells, if more")
     group.add_argument("--budgets", choices=("auto",), help="hylra: smallest measured top_k per select layer that keeps theta")
     group.add_argument("--lists", choices=("layer", "head"), help="one list of cells per layer or per KV head")
+    group.add_argument("--for-context", type=count(1), metavar="N",
+                       help="tokens for which reuse must hold: similarity is taken at the share that top_k is of N (default: what the model was trained for)")
     group.add_argument("--sink", type=count(0), metavar="N", help="first tokens, always kept")
     group.add_argument("--recent", type=count(0), metavar="N", help="latest tokens, always kept")
     group.add_argument("--min-context", type=count(0), metavar="N", help="cached tokens below which the model runs as stock")

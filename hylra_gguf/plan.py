@@ -36,10 +36,14 @@ class View:
     similarity: str
     statistic: str
     block_size: int
+    context: int | None = None  # tokens for which reuse must hold; None: what the model was trained for
+
+    def edge_k(self, top_k: int) -> int:
+        return self.profile.edge_k(top_k, self.context)
 
     def matrix(self, top_k: int) -> np.ndarray:
-        """[n_layer, n_layer], row = source"""
-        return self.profile.matrix(self.similarity, top_k, self.block_size, self.statistic, self.lists)
+        """[n_layer, n_layer], row = source, as similar as they are when top_k cells are chosen in `context`"""
+        return self.profile.matrix(self.similarity, self.edge_k(top_k), self.block_size, self.statistic, self.lists)
 
     def sensitivity(self, top_k: int) -> np.ndarray:
         return self.profile.layer("sensitivity", top_k, lists=self.lists)
@@ -48,7 +52,7 @@ class View:
 def plan_policy(profile: Profile, strategy: str = "hylra", *, top_k: int | None = None, top_k_fraction: float | None = None,
                 lists: str | None = None, similarity: str = "recall", statistic: str = "mean",
                 max_sensitivity: float | None = None, select: str | None = None, sink: int | None = None, recent: int | None = None, block_size: int = 1,
-                **flags) -> Policy:
+                for_context: int | None = None, **flags) -> Policy:
     """flags: those of the strategy (see flags.STRATEGIES); the rest goes into the policy as it is (min_context).
 
     Raises PolicyError for flags that contradict each other or the profile.
@@ -56,7 +60,7 @@ def plan_policy(profile: Profile, strategy: str = "hylra", *, top_k: int | None 
     own = {name: flags.pop(name) for name in OWN if name in flags}
     check_strategy_flags(strategy, own)
     budgets, weights, head_map = (own.pop(name, None) for name in ("budgets", "weights", "head_map"))
-    view = View(profile, check_view(lists, similarity, statistic, head_map), similarity, statistic, block_size)
+    view = View(profile, check_view(lists, similarity, statistic, head_map), similarity, statistic, block_size, for_context)
     sink, recent = profile.sink_tokens if sink is None else sink, profile.recent_tokens if recent is None else recent
     top_k = choose_top_k(profile, top_k, sink + recent, top_k_fraction)
     bound = sensitivity_bound(max_sensitivity, strategy)
@@ -69,11 +73,11 @@ def plan_policy(profile: Profile, strategy: str = "hylra", *, top_k: int | None 
     top_k = max(ks.values(), default=top_k)
     return Policy(
         **layers_of(plan.sources), head_kv_count=profile.head_kv_count, lists=1 if view.lists == "layer" else profile.head_kv_count,
-        head_map=head_maps(profile, plan.sources, ks, head_map) if view.lists == "head" else None,
+        head_map=head_maps(view, plan.sources, ks, head_map) if view.lists == "head" else None,
         top_k=top_k, top_k_fraction=top_k_fraction, layer_top_k=layer_top_k(len(plan.sources), ks),
         sparse_select=sparse_selects(plan.sources, calm),
         sink_tokens=sink, recent_tokens=recent, block_size=block_size, **evidence(view, plan, top_k, ks),
-        tool=tool_line(strategy, own, plan), calibration=profile.calibration(), theta=plan.theta, similarity=similarity, **flags)
+        tool=tool_line(strategy, own, plan, for_context or profile.n_ctx_train), calibration=profile.calibration(), theta=plan.theta, similarity=similarity, **flags)
 
 
 # -- what was asked ---------------------------------------------------------------------------------------------------
@@ -184,12 +188,13 @@ def edges_of(sources: Sequence[int]) -> list[tuple[int, int]]:
 def select_budgets(view: View, plan: Plan, top_k: int, forced: int, bound: float) -> dict[int, int]:
     """Per select layer the smallest measured top_k at which its edges keep theta and its reuse layers the sensitivity bound."""
     budgets = {layer: top_k for layer in selects_of(plan.sources)}
-    for k in sorted((k for k in view.profile.top_k if forced <= k < top_k), reverse=True):
+    told_apart = {view.edge_k(k): k for k in sorted(k for k in view.profile.top_k if forced <= k <= top_k)}.values()
+    for k in sorted((k for k in told_apart if k < top_k), reverse=True):
         matrix, calm = view.matrix(k), calm_layers(view.sensitivity(k), bound)
         bad = {source for source, layer in edges_of(plan.sources) if matrix[source, layer] < plan.theta or not calm[layer]}
         bad |= {layer for layer in selects_of(plan.sources) if not calm[layer]}
         # from large to small: a layer that needs more than the next larger k stays where it is
-        larger = min(other for other in [*view.profile.top_k, top_k] if k < other <= top_k)
+        larger = min(other for other in told_apart if k < other)
         budgets.update({layer: k for layer, found in budgets.items() if found == larger and layer not in bad})
     return budgets
 
@@ -199,12 +204,13 @@ def layer_top_k(layers: int, ks: dict[int, int]) -> list[int] | None:
     return [ks.get(layer, 0) for layer in range(layers)] if len(set(ks.values())) > 1 else None
 
 
-def head_maps(profile: Profile, sources: list[int], ks: dict[int, int], path: str | None) -> list[int]:
+def head_maps(view: View, sources: list[int], ks: dict[int, int], path: str | None) -> list[int]:
     """n_layer * n_head_kv: the source head whose cells a head takes; the head itself where nothing is reused."""
+    profile = view.profile
     given = None if path is None else importers.head_map(path, profile.layer_count, profile.head_kv_count)
     rows = [list(range(profile.head_kv_count)) for _ in sources]
     for source, layer in edges_of(sources):
-        rows[layer] = profile.head_map(ks[source], source, layer) if given is None else given[layer]
+        rows[layer] = profile.head_map(view.edge_k(ks[source]), source, layer) if given is None else given[layer]
     return [int(head) for row in rows for head in row]
 
 
@@ -214,7 +220,7 @@ def evidence(view: View, plan: Plan, top_k: int, ks: dict[int, int]) -> dict:
     for layer, k in ks.items():
         matrix[layer] = view.matrix(k)[layer]
     return {"sensitivity": view.sensitivity(top_k), "overlap": matrix,
-            "summary": summary(plan.sources, matrix, ks, top_k, view.similarity)}
+            "summary": summary(plan.sources, matrix, ks, top_k, f"{view.similarity}@{view.edge_k(top_k)}")}
 
 
 def summary(sources: list[int], matrix: np.ndarray, ks: dict[int, int], top_k: int, similarity: str) -> str:
@@ -227,9 +233,9 @@ def summary(sources: list[int], matrix: np.ndarray, ks: dict[int, int], top_k: i
     return line
 
 
-def tool_line(strategy: str, own: dict, plan: Plan) -> str:
+def tool_line(strategy: str, own: dict, plan: Plan, context: int) -> str:
     numbers = "".join(f" --{name} {own[name]}" for name in ("count", "n", "seed") if name in own)
-    return f"{tool_version()}, strategy {strategy}{numbers}" + ("" if plan.proven else ", not proven to be the best: out of time")
+    return f"{tool_version()}, strategy {strategy}{numbers} for {context} tokens" + ("" if plan.proven else ", not proven to be the best: out of time")
 
 
 # -- command ----------------------------------------------------------------------------------------------------------

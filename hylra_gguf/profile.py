@@ -155,7 +155,8 @@ def profile_model(model_path: str, texts: list[tuple[str, str]] | None = None, o
     """
     check_options(options)
     with Forward(model_path) as forward:
-        contexts = choose_contexts(options.contexts, forward.api.llama_model_n_ctx_train(forward.model.handle))
+        n_ctx_train = forward.api.llama_model_n_ctx_train(forward.model.handle)
+        contexts = choose_contexts(options.contexts, n_ctx_train)
         budget = Budget(choose_top_ks(contexts[0], options.top_k, options.sink_tokens + options.recent_tokens),
                         options.sink_tokens, options.recent_tokens)
         names, token_lists = calibration_tokens(forward, texts, contexts[-1])
@@ -172,8 +173,8 @@ def profile_model(model_path: str, texts: list[tuple[str, str]] | None = None, o
         raise ProfileError(f"{model_path}: no layer of this {arch} model attends to its whole KV cache; there is nothing to plan")
     heldout = np.array([sample.heldout for sample in samples])
     return Profile(
-        model=Path(model_path).name, arch=arch, layer_count=layers, head_kv_count=heads, contexts=contexts, samples=len(samples),
-        heldout_samples=int(heldout.sum()), top_k=budget.top_k, block_sizes=collector.block_sizes, sink_tokens=options.sink_tokens,
+        model=Path(model_path).name, arch=arch, layer_count=layers, head_kv_count=heads, n_ctx_train=n_ctx_train, contexts=contexts,
+        samples=len(samples), heldout_samples=int(heldout.sum()), top_k=budget.top_k, block_sizes=collector.block_sizes, sink_tokens=options.sink_tokens,
         recent_tokens=options.recent_tokens, type_kv=options.type_kv, texts=names, eligible=collector.eligible().tolist(),
         identity=identity, arrays=collector.arrays(heldout), forward_s=round(reading.place.forward_s, 2),
         analysis_s=round(reading.place.analysis_s, 2), tool=tool_version())

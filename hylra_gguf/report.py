@@ -73,7 +73,7 @@ def from_policy(policy: Policy, path: str, kind: str) -> Data:
     absent = [name for name, value in ((f"{similarity} of layer pairs", matrix), ("sensitivity", policy.sensitivity)) if value is None]
     edges = [edge_data(policy, edge, {similarity: matrix} if matrix else {}) for edge in edges_of(policy.layer_source)]
     return {
-        "file": path, "kind": kind, "about": about_policy(policy), "top_k": policy.top_k, "similarity": similarity,
+        "file": path, "kind": kind, "about": about_policy(policy), "top_k": policy.top_k, "pairs_at": "the top_k that the plan compared at", "similarity": similarity,
         "plan": plan_data(policy, edges, similarity),
         "matrices": {} if matrix is None else {similarity: matrix},
         "layers": {} if policy.sensitivity is None else {"sensitivity": {str(policy.top_k): {"mean": numbers(policy.sensitivity)}}},
@@ -118,12 +118,12 @@ def from_profile(profile: Profile, path: str, given: Optional[Policy] = None, gi
     policy.validate(profile.layer_count, profile.head_kv_count)
     lists, similarity = "layer" if policy.lists == 1 else "head", "overlap" if policy.similarity == "overlap" else "recall"
     view = View(profile, lists, similarity, "mean", policy.block_size)
-    matrices = {name: profile.matrix(name, policy.top_k, policy.block_size, lists=lists) for name in MATRICES}
+    matrices = {name: profile.matrix(name, view.edge_k(policy.top_k), policy.block_size, lists=lists) for name in MATRICES}
     importance = {} if unknown(profile, "importance") else {"importance": layer_numbers(profile, "importance")}
     marked = "the default plan" if given is None else f"policy {given_path}"
     return {
         "file": path, "kind": "profile", "about": {**about_profile(profile), "marked": marked, **about_policy(policy)},
-        "top_k": policy.top_k, "similarity": similarity,
+        "top_k": policy.top_k, "pairs_at": pairs_at(profile, policy.top_k), "similarity": similarity,
         "plan": plan_data(policy, profile_edges(view, policy), similarity),
         "matrices": {name: blank(matrix, profile.eligible) for name, matrix in matrices.items()},
         "layers": {"sensitivity": {str(k): layer_numbers(profile, "sensitivity", k, lists) for k in sorted(profile.top_k)},
@@ -133,6 +133,11 @@ def from_profile(profile: Profile, path: str, given: Optional[Policy] = None, gi
         "frontier": frontier(view, policy),
         "left_out": ["importance"] * (not importance) + ["held-out against fit"] * (not profile.heldout_samples),
     }
+
+
+def pairs_at(profile: Profile, top_k: int) -> str:
+    k = profile.edge_k(top_k)
+    return f"top_k {k}" + (f", as a plan of top_k {top_k} for {profile.n_ctx_train} tokens compares them" if k != top_k else "")
 
 
 def about_profile(profile: Profile) -> Dict[str, str]:
@@ -165,8 +170,8 @@ def head_numbers(profile: Profile, name: str, top_k: Optional[int] = None) -> Li
 
 
 def profile_edges(view: View, policy: Policy) -> List[dict]:
-    """What each reuse layer gets at its source's own top_k"""
-    by_k = {k: {name: view.profile.matrix(name, k, view.block_size, lists=view.lists) for name in MATRICES}
+    """What each reuse layer gets at its source's own top_k, see Profile.edge_k"""
+    by_k = {k: {name: view.profile.matrix(name, view.edge_k(k), view.block_size, lists=view.lists) for name in MATRICES}
             for k in sorted({top_k_of(policy, source) for source, _ in edges_of(policy.layer_source)})}
     return [edge_data(policy, edge, by_k[top_k_of(policy, edge[0])]) for edge in edges_of(policy.layer_source)]
 
@@ -177,7 +182,7 @@ def halves(view: View, policy: Policy) -> Data:
     rows, columns = np.nonzero(np.triu(np.outer(able, able), 1))
     found: Data = {"pairs": [[int(i), int(j)] for i, j in zip(rows, columns)]}
     for name in ("recall", "overlap"):
-        of_half = [profile.matrix(name, k, view.block_size, lists=view.lists, split=half) for half in HALVES]
+        of_half = [profile.matrix(name, view.edge_k(k), view.block_size, lists=view.lists, split=half) for half in HALVES]
         found[name] = compared(*(matrix[rows, columns] for matrix in of_half))
     for name, wanted_k in (("sensitivity", k), ("sparsity", None)):
         found[name] = compared(*(profile.layer(name, wanted_k, lists=view.lists, split=half)[able] for half in HALVES))
@@ -240,7 +245,7 @@ def figures(plots: Any, data: Data) -> List[Tuple[str, Any]]:
     modes, sources = data["plan"]["layer_map"], data["plan"]["layer_source"]
     found = [("layer-map", plots.layer_map(modes, sources))]
     for name, matrix in data["matrices"].items():
-        title, label = report_page.MATRIX_TITLES.get(name, name), f"{report_page.column(name)} at top_k {data['top_k']}"
+        title, label = report_page.MATRIX_TITLES.get(name, name), f"{report_page.column(name)} at {data['pairs_at'].partition(',')[0]}"
         found.append((name.replace("_", "-"), plots.heat_map(matrix, title, label, modes, sources)))
     return found + layer_figures(plots, data, modes) + half_figures(plots, data, modes) + frontier_figure(plots, data)
 

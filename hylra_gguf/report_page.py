@@ -79,7 +79,7 @@ def layers(data: Dict[str, Any]) -> Section:
         rows.append([str(layer), MODE_NAMES[mode], str(edge.get("source", "")), str(edge.get("top_k", "")),
                      *(number(edge[name]) if name in edge else "" for name in pairs),
                      *(number(values[layer]) for values in columns.values())])
-    note = "recall and overlap of a reuse layer are those with its source, at the source's top_k" if pairs else ""
+    note = f"recall and overlap of a reuse layer are those with its source, at {data['pairs_at']}" if pairs else ""
     return Section("Layers", note, ["layer", "does", "source", "top_k", *map(column, pairs), *columns], rows,
                    ["layer-map", *data["layers"]])
 
@@ -97,7 +97,7 @@ def layer_columns(data: Dict[str, Any]) -> Dict[str, List[Optional[float]]]:
 def frontier(data: Dict[str, Any]) -> Section:
     rows = [[f"{row['theta']:g}", str(row["dense"] - row["select"]), str(row["select"]), str(row["reuse"]), number(row["min_recall"]),
              number(row["mean_recall"])] for row in data["frontier"]]
-    note = f"the plan of each theta on {data['similarity']} at top_k {data['top_k']}; layers that cannot take part are not counted"
+    note = f"the plan of each theta on {data['similarity']} at {data['pairs_at']}; layers that cannot take part are not counted"
     return Section("Frontier", note, ["theta", "full", "select", "reuse", "smallest recall", "mean recall"], rows, ["frontier"])
 
 
@@ -105,8 +105,8 @@ def halves(data: Dict[str, Any]) -> Section:
     found = {name: of_name for name, of_name in data["halves"].items() if name != "pairs"}
     rows = [[name, str(len(of_name["fit"])), number(of_name["correlation"]),
              number(of_name["mean_difference"], 4), number(of_name["largest_difference"], 4)] for name, of_name in found.items()]
-    return Section("Held-out against fit", f"means over the two halves of the samples, at top_k {data['top_k']}; "
-                   "recall and overlap of pairs of different layers, the others of layers",
+    return Section("Held-out against fit", f"means over the two halves of the samples; recall and overlap of pairs of different layers at "
+                   f"{data['pairs_at']}, the others of layers at top_k {data['top_k']}",
                    ["", "values", "correlation", "mean difference", "largest difference"], rows, [f"halves-{name}" for name in found])
 
 
@@ -122,7 +122,7 @@ def matrix(data: Dict[str, Any], name: str) -> Section:
     found, modes = data["matrices"][name], data["plan"]["layer_map"]
     rows = [[f"{layer} {modes[layer]}", *("" if value is None else f"{100 * value:.0f}" for value in row)]
             for layer, row in enumerate(found)]
-    return Section(MATRIX_TITLES.get(name, name), f"at top_k {data['top_k']}, in percent; rows are sources, columns later layers",
+    return Section(MATRIX_TITLES.get(name, name), f"at {data['pairs_at']}, in percent; rows are sources, columns later layers",
                    ["", *map(str, range(len(found)))], rows, [name.replace("_", "-")], True)
 
 

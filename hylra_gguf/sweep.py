@@ -83,20 +83,20 @@ def frontier(profile: Profile, thetas: list[float], options: dict, model: cost.C
     candidates = []
     for theta in thetas:
         policy = plan_policy(profile, **{**options, "theta": theta})
-        row = {"theta": theta, **quality(profile, policy)}
+        row = {"theta": theta, **quality(profile, policy, options.get("for_context"))}
         candidates.append(Candidate(policy, {**row, **speed(profile, policy, model, depths)} if model else row))
     return candidates
 
 
-def quality(profile: Profile, policy: Policy) -> dict:
+def quality(profile: Profile, policy: Policy, context: int | None = None) -> dict:
     """Layers and recall. `loss` is the mean of 1 - recall over all layers that can take part; full and select layers lose nothing.
 
-    Recall is the mean over samples whatever theta is compared with, each edge at its select layer's own budget.
+    Recall is the mean over samples whatever theta is compared with, each edge at its select layer's own budget (Profile.edge_k).
     """
     lists = "layer" if policy.lists == 1 else "head"
     edges = edges_of(policy.layer_source)
     ks = policy.layer_top_k or (policy.top_k,) * policy.layer_count
-    matrices = {ks[source]: profile.matrix("recall", ks[source], policy.block_size, "mean", lists) for source, _ in edges}
+    matrices = {ks[source]: profile.matrix("recall", profile.edge_k(ks[source], context), policy.block_size, "mean", lists) for source, _ in edges}
     recalls = [float(matrices[ks[source]][source, layer]) for source, layer in edges]
     return {
         "dense": sum(profile.eligible) - len(edges),

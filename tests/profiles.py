@@ -19,6 +19,6 @@ def make_profile(similarity, eligible=None, sensitivity=None, heads=2, top_k=(30
         if len(shape) == 4:
             arrays[key] *= 0.5 + 0.5 * np.eye(heads)[::-1]
     return Profile(**{**dict(
-        model="tiny.gguf", arch="llama", layer_count=n, head_kv_count=heads, contexts=[4096], samples=2, heldout_samples=1,
+        model="tiny.gguf", arch="llama", layer_count=n, head_kv_count=heads, n_ctx_train=4096, contexts=[4096], samples=2, heldout_samples=1,
         top_k=list(top_k), block_sizes=list(block_sizes), sink_tokens=4, recent_tokens=256, type_kv="f16", texts=["synthetic"],
         eligible=eligible or [True] * n, identity="0" * 32, arrays=arrays), **changes})

@@ -56,7 +56,7 @@ def test_a_layer_beyond_the_sensitivity_bound_never_reuses():
 def test_policy_carries_the_evidence(tmp_path):
     profile = make_profile(line(4), eligible=[False, True, True, True])
     policy = plan.plan_policy(profile, theta=0.9, top_k=512)
-    assert policy.summary == "4 layers: full 0; select 1; reuse 2; top_k 512; recall min 0.91 mean 0.92"
+    assert policy.summary == "4 layers: full 0; select 1; reuse 2; top_k 512; recall@512 min 0.91 mean 0.92"
     assert (policy.top_k, policy.sink_tokens, policy.recent_tokens, policy.theta) == (512, 4, 256, 0.9)
     assert policy.similarity == "recall" and policy.overlap[1] == pytest.approx(0.93) and len(policy.overlap) == 16
     assert policy.sensitivity == (0.01,) * 4 and "synthetic" in policy.calibration
@@ -128,9 +128,9 @@ def test_cmd_plan_writes_the_policy_and_shows_the_layer_map(tmp_path, capsys):
 
 def test_a_strategy_leaves_its_numbers_in_the_policy():
     profile = make_profile(line(8))
-    assert plan.plan_policy(profile, "random", count=3, seed=7).tool.endswith("strategy random --count 3 --seed 7")
+    assert plan.plan_policy(profile, "random", count=3, seed=7).tool.endswith("strategy random --count 3 --seed 7 for 4096 tokens")
     policy = plan.plan_policy(profile, "bottleneck", count=4)
-    assert dense_count(policy) == 4 and policy.theta == pytest.approx(0.93) and policy.tool.endswith("strategy bottleneck --count 4")
+    assert dense_count(policy) == 4 and policy.theta == pytest.approx(0.93) and policy.tool.endswith("strategy bottleneck --count 4 for 4096 tokens")
 
 
 def test_a_plan_out_of_time_says_so(monkeypatch):
@@ -196,11 +196,38 @@ def test_a_kascade_head_map_makes_one_list_per_head(tmp_path):
     assert policy.lists == 2 and policy.layer_source == (0, 0, 2, 2) and policy.head_map == (0, 1, 0, 0, 0, 1, 0, 0)
 
 
-def profile_of_budgets(**at_300) -> Profile:
+def profile_of_a_long_lookup(n_ctx_train: int) -> Profile:
+    """Six layers alike at 512 of 4096 cells; at 300 layer 3 finds its cells in layer 2 alone, which is as good for all others as layer 0."""
+    profile = make_profile(line(6, 0.97, 0.0), n_ctx_train=n_ctx_train)
+    for half in ("fit", "heldout"):
+        found = profile.arrays[f"recall.layer.300.1.{half}"]
+        found[[0, 1], 3] = 0.4
+    return profile
+
+
+@pytest.mark.parametrize("n_ctx_train, flags, source, evidence", [
+    (4096, {}, 0, "recall@512"),
+    (8192, {}, 2, "recall@300"),
+    (8192, {"for_context": 4096}, 0, "recall@512"),
+    (4096, {"for_context": 131072}, 2, "recall@300"),
+])
+def test_reuse_must_hold_at_the_share_of_cells_of_the_longest_context(n_ctx_train, flags, source, evidence):
+    policy = plan.plan_policy(profile_of_a_long_lookup(n_ctx_train), theta=0.9, **flags)
+    assert (policy.layer_source[3], policy.top_k) == (source, 512)
+    assert evidence in policy.summary and policy.tool.endswith(f"for {flags.get('for_context', n_ctx_train)} tokens")
+
+
+def test_budgets_stop_where_the_profile_cannot_tell_them_apart():
+    """At twice the profiled length 512 cells are judged at 300 of the profile's, and nothing measured stands for 300."""
+    policy = plan.plan_policy(profile_of_budgets(n_ctx_train=8192), theta=0.5, budgets="auto")
+    assert (policy.top_k, policy.layer_top_k) == (512, None)
+
+
+def profile_of_budgets(n_ctx_train: int = 4096, **at_300) -> Profile:
     """Layer 0 serves 1-3 and layer 4 serves 5-7 at top_k 512; at 300 the named edges of layer 4 are as given."""
     similarity = np.zeros((8, 8))
     similarity[0, 1:4] = similarity[4, 5:] = 0.95
-    profile = make_profile(similarity, top_k=(300, 400, 512))
+    profile = make_profile(similarity, top_k=(300, 400, 512), n_ctx_train=n_ctx_train)
     for half in ("fit", "heldout"):
         for edge, value in at_300.items():
             profile.arrays[f"recall.layer.300.1.{half}"][int(edge[1]), int(edge[2])] = value

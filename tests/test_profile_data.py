@@ -64,6 +64,21 @@ def test_overlap_free_leaves_the_forced_cells_out():
     assert not free[2].any() and not free[:, 2].any() and not np.tril(free, -1).any()
 
 
+@pytest.mark.parametrize("contexts, n_ctx_train, context, top_k, expected", [
+    ([8192], 8192, None, 2048, 2048),
+    ([8192], 32768, None, 2048, 512),
+    ([8192], 16384, None, 2048, 1024),
+    ([8192], 32768, 8192, 2048, 2048),
+    ([8192], 8192, 2048, 2048, 2048),  # a shorter context leaves out less, which was not measured
+    ([8192], 131072, None, 2048, 512),  # 128 was not measured
+    ([4096, 12288], 16384, None, 2048, 1024),
+    ([32768], 32768, None, 512, 512),
+])
+def test_the_share_of_the_cells_is_that_of_the_context_planned_for(contexts, n_ctx_train, context, top_k, expected):
+    profile = make_profile(np.eye(2), top_k=(512, 1024, 2048), contexts=contexts, n_ctx_train=n_ctx_train)
+    assert profile.edge_k(top_k, context) == expected
+
+
 @pytest.mark.parametrize("name, top_k, lists, key", [
     ("sensitivity", 300, "layer", "sensitivity.layer.300"), ("sensitivity", 512, "head", "sensitivity.head.512"),
     ("sparsity", None, "head", "sparsity.head"), ("importance", None, "layer", "importance")])
@@ -131,8 +146,8 @@ def put_array(key, value):
 
 
 @pytest.mark.parametrize("change, words", [
-    (drop("version"), "no key 'version'"), (put("version", 1), "version 1, expected 2; profile the model again"),
-    (put("version", "2"), "version '2', expected 2"), (put("extra", 1), "unknown: extra"), (drop("arrays"), "unknown: arrays"),
+    (drop("version"), "no key 'version'"), (put("version", 1), "version 1, expected 3; profile the model again"),
+    (put("version", "3"), "version '3', expected 3"), (put("extra", 1), "unknown: extra"), (drop("arrays"), "unknown: arrays"),
     (put("samples", 0), "samples is 0"), (put("samples", True), "samples is True"), (put("layer_count", "3"), "layer_count is '3'"),
     (put("heldout_samples", 5), "5 of 5 samples held out"), (put("eligible", [True]), "eligible is not 3 times"),
     (put("top_k", []), r"top_k is \[\]"), (put("top_k", [300, 300]), r"top_k is \[300, 300\]"),
