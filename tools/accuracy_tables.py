@@ -82,7 +82,8 @@ def speeds(rows: list[dict], timed: list[dict]) -> dict:
 
 def losses(results: list) -> str:
     head = ("length", "arm", "cells read", "questions", "score", "points lost", "perplexity", "mean KLD", "same top token")
-    return markdown(head, [[str(row["n_depth"]), label(row), f"{row['reads']:.3f}", *asked(row), *text(row)] for row in rows_of(results)])
+    lines = [(str(row["n_depth"]), label(row), f"{row['reads']:.3f}", *asked(row), *text(row)) for row in rows_of(results)]
+    return markdown(head, [list(line) for line in dict.fromkeys(lines)])  # runs of the same documents have the same dense
 
 
 def asked(row: dict) -> list[str]:
