@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/accuracy.md from committed results: `python tools/accuracy_plots.py FOLDER`.
+"""Draws the pictures of docs/accuracy*.md from committed results: `python tools/accuracy_plots.py FOLDER`.
 
 Each picture names its results of `hylra-gguf eval`; a frontier takes its speeds from a result of `hylra-gguf bench` of the same policies,
 since a tiny model on a GPU that others use says nothing about speed.

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/accuracy.md from the committed results: `python tools/accuracy_tables.py docs/accuracy.md README.md`.
+"""Writes the tables of docs/accuracy*.md from the committed results: `python tools/accuracy_tables.py docs/accuracy*.md README.md`.
 
 A line `<!-- KIND: RESULT... -->` stands above each table and says which one it is; RESULT is a file in docs/accuracy/ without ending.
 """
