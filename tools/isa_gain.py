@@ -9,13 +9,11 @@ Refuses what bench-kernels refuses. One thread, pinned where the machine can: a 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
+from bench_program import rows_of, table_or_rows
 from hylra_gguf.bench import commit, cpu_info
 
 ISAS = ("avx512", "avx512vnni")  # without, with
@@ -29,7 +27,7 @@ HEAD = "| KV | query heads, KV heads, head size | full | scores | reuse |\n| ---
 def times_ms(program: str, kind: str, shape: tuple[int, int, int], isa: str) -> list[float]:
     heads, kv_heads, head_size = map(str, shape)
     command = [program, *FLAGS, "--type", kind, "--isa", isa, "--heads", heads, "--kv-heads", kv_heads, "--head-size", head_size, "--lists", kv_heads]
-    row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    row = rows_of(command)
     return [row[f"{arm}_ms"] for arm in ARMS]
 
 
@@ -61,19 +59,9 @@ def main() -> int:
     parser.add_argument("source", metavar="BENCH_KERNELS|JSON", help="the program to run, or a result to print as a table")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each instruction set (default 5)")
     args = parser.parse_args()
-    if args.source.endswith(".json"):
-        print(table(json.loads(Path(args.source).read_text())))
-        return 0
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    try:
-        print(json.dumps(measure(args.source, args.rounds), indent=1))
-    except subprocess.CalledProcessError as error:
-        return error.returncode
-    except OSError as error:
-        print(f"isa_gain: {args.source}: {error.strerror}; name bench-kernels or a result that this printed", file=sys.stderr)
-        return 2
-    return 0
+    return table_or_rows(args.source, table, lambda: measure(args.source, args.rounds))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ tools/hardware_check.py says how bench-kernels is built. Refuses what bench-kern
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+from bench_program import rows_of, table_or_rows
 from hylra_gguf.bench import commit, cpu_info
 
 HEAD = ("KV", "cells", "full ms", "of read", "select ms", "of read", "pooling and top-k", "reuse ms", "scores ms", "of read", "sparse select ms")
@@ -42,7 +41,7 @@ def measure(args: argparse.Namespace) -> dict:
         for n_kv in args.n_kv.split(","):
             command = [args.source, "--n-kv", n_kv, "--type", kind, "--threads", args.threads, "--repetitions", args.repetitions]
             print(shlex.join(command), file=sys.stderr)
-            rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+            rows.append(rows_of(command))
     command = ["kernel_rows.py", Path(args.source).name, *(word for word in sys.argv[1:] if word != args.source)] # where it lies is the machine's affair
     return {"machine": cpu_info(), "commit": commit(), "command": shlex.join(command), "rows": rows}
 
@@ -55,17 +54,7 @@ def main() -> int:
     parser.add_argument("-t", "--threads", default="2", metavar="N", help="default 2")
     parser.add_argument("-r", "--repetitions", default="15", metavar="N", help="default 15")
     args = parser.parse_args()
-    if args.source.endswith(".json"):
-        print(table(json.loads(Path(args.source).read_text())))
-        return 0
-    try:
-        print(json.dumps(measure(args), indent=1))
-    except subprocess.CalledProcessError as error:
-        return error.returncode
-    except OSError as error:
-        print(f"kernel_rows: {args.source}: {error.strerror}; name bench-kernels or rows that it printed", file=sys.stderr)
-        return 2
-    return 0
+    return table_or_rows(args.source, table, lambda: measure(args))
 
 
 if __name__ == "__main__":
