@@ -13,6 +13,38 @@ template <int TYPE> static __device__ __forceinline__ int hylra_octet_dim(int oc
     return octet*8 + j;
 }
 
+// ---- rows that nobody reads again in this step: they pass by the first-level cache and are the first to leave the second one, so that what a
+// select layer keeps for pooling stays there instead of being written to memory and read back
+
+#ifndef HYLRA_VARIANT
+#    define HYLRA_VARIANT 2 // bench-cuda compares: 2 such reads, 4 of 256 bytes at a time, 8 weights marked to stay
+#endif
+
+static __device__ __forceinline__ uint4 hylra_load_once(const uint4 * p, bool present) {
+    uint4 x;
+#if __CUDA_ARCH__ >= 800 && HYLRA_VARIANT & 2
+    uint64_t evict_first;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first)); // the compiler takes it out of the loop
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+#    if HYLRA_VARIANT & 4
+                 "@p ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
+#    else
+                 "@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
+#    endif
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p), "r"(int(present)), "l"(evict_first));
+#else
+    x = present ? *p : make_uint4(0, 0, 0, 0);
+#endif
+    return x;
+}
+
+template <bool ONCE> static __device__ __forceinline__ uint4 hylra_load(const uint4 * p, bool present) {
+    if constexpr (ONCE) {
+        return hylra_load_once(p, present);
+    }
+    return present ? *p : make_uint4(0, 0, 0, 0);
+}
+
 static __device__ __forceinline__ uint32_t hylra_load_u16x2(const uint8_t * p) { // blocks are aligned to two bytes only
     const uint16_t * x = (const uint16_t *) p;
     return uint32_t(x[0]) | uint32_t(x[1]) << 16;
@@ -35,17 +67,22 @@ static __device__ __forceinline__ uint32_t hylra_nibbles_to_halves(uint32_t x, h
     return hylra_bits(__hmul2(__hsub2(hylra_half2((x & 0x000F000Fu) | 0x64006400u), bias), d));
 }
 
-// An octet as four half2; values beyond a half's range saturate as they do in llama.cpp's own kernels.
-template <int TYPE> static __device__ __forceinline__ uint4 hylra_octet(const uint8_t * row, int octet) {
+static __device__ __forceinline__ uint32_t hylra_floats_to_halves(uint32_t a, uint32_t b) {
+    return hylra_bits(__floats2half2_rn(__uint_as_float(a), __uint_as_float(b)));
+}
+
+// An octet as four half2, zeros if there is none; values beyond a half's range saturate as they do in llama.cpp's own kernels.
+template <int TYPE, bool ONCE> static __device__ __forceinline__ uint4 hylra_octet(const uint8_t * row, int octet, bool present) {
     if constexpr (TYPE == GGML_TYPE_F16) {
-        return ((const uint4 *) row)[octet];
+        return hylra_load<ONCE>((const uint4 *) row + octet, present);
     } else if constexpr (TYPE == GGML_TYPE_BF16) {
-        const uint4 x = ((const uint4 *) row)[octet];
+        const uint4 x = hylra_load<ONCE>((const uint4 *) row + octet, present);
         return make_uint4(hylra_bf16x2_to_half2(x.x), hylra_bf16x2_to_half2(x.y), hylra_bf16x2_to_half2(x.z), hylra_bf16x2_to_half2(x.w));
     } else if constexpr (TYPE == GGML_TYPE_F32) {
-        const float4 a = ((const float4 *) row)[2*octet], b = ((const float4 *) row)[2*octet + 1];
-        return make_uint4(hylra_bits(__floats2half2_rn(a.x, a.y)), hylra_bits(__floats2half2_rn(a.z, a.w)),
-                          hylra_bits(__floats2half2_rn(b.x, b.y)), hylra_bits(__floats2half2_rn(b.z, b.w)));
+        const uint4 a = hylra_load<ONCE>((const uint4 *) row + 2*octet, present), b = hylra_load<ONCE>((const uint4 *) row + 2*octet + 1, present);
+        return make_uint4(hylra_floats_to_halves(a.x, a.y), hylra_floats_to_halves(a.z, a.w), hylra_floats_to_halves(b.x, b.y), hylra_floats_to_halves(b.z, b.w));
+    } else if (!present) {
+        return make_uint4(0, 0, 0, 0);
     } else if constexpr (TYPE == GGML_TYPE_Q8_0) { // half d; int8 q[32]
         const uint8_t * block = row + octet/4*34;
         const half2 d = __half2half2(*(const half *) block);

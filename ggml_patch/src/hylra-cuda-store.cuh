@@ -27,7 +27,7 @@ static __device__ __forceinline__ float hylra_cuda_slope(const hylra_attn & a, i
 template <bool LISTED> static __device__ __forceinline__ hylra_column hylra_column_of(const hylra_attn & a, const hylra_cuda_plan & p, int column, int head_kv, int token0) {
     const int group = a.n_head/a.n_head_kv;
     if (column >= p.n_column) {
-        return { token0, -1, 0.0f };
+        return { token0, -1, HYLRA_LOG2E }; // positive: a hidden cell's infinity is multiplied by it
     }
     const int head = head_kv*group + column%group;
     return { LISTED ? token0 : column/group, head, hylra_cuda_slope(a, head) };
@@ -38,6 +38,31 @@ struct hylra_softmax { float ref[2], sum[2]; };
 
 // ---- stores
 
+// Writes what pooling reads soon.
+template <typename T> static __device__ __forceinline__ void hylra_store_kept(T * to, T x) {
+#if __CUDA_ARCH__ >= 800 && HYLRA_VARIANT & 8
+    uint64_t evict_last;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(evict_last));
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" :: "l"(to), "r"(x), "l"(evict_last) : "memory");
+    } else {
+        asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" :: "l"(to), "f"(x.x), "f"(x.y), "l"(evict_last) : "memory");
+    }
+#else
+    *to = x;
+#endif
+}
+
+// Empties the bins that pool counts in, before it runs: pool may start while reduce still runs.
+static __device__ __forceinline__ void hylra_clear_bins(const hylra_cuda_job & job) {
+    int32_t * bins = (int32_t *) (job.scratch + job.layout.bins);
+    const int n_bin = job.select_lists*job.attn.n_tokens*job.attn.n_stream*HYLRA_CUDA_BINS;
+    const int block = (blockIdx.z*gridDim.y + blockIdx.y)*gridDim.x + blockIdx.x, n_thread = gridDim.z*gridDim.y*gridDim.x*blockDim.x;
+    for (int i = block*int(blockDim.x) + int(threadIdx.x); i < n_bin; i += n_thread) {
+        bins[i] = 0;
+    }
+}
+
 // For pooling: peaks and weights of a tile of a select layer
 static __device__ __forceinline__ void hylra_store_weights(const hylra_cuda_job & job, size_t group, int first, const int (&cell)[2], const hylra_softmax & state, const uint32_t (&p)[2]) {
     const int g = threadIdx.x%32/4, t = threadIdx.x%4, n_kv = job.attn.n_kv;
@@ -45,12 +70,12 @@ static __device__ __forceinline__ void hylra_store_weights(const hylra_cuda_job 
     uint32_t * weights = (uint32_t *) (job.scratch + job.layout.weights) + group*n_kv*n_word;
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
         if (cell[half_tile] >= 0 && t < n_word) {
-            weights[size_t(cell[half_tile])*n_word + t] = p[half_tile];
+            hylra_store_kept(&weights[size_t(cell[half_tile])*n_word + t], p[half_tile]);
         }
     }
     if (g == 0) {
         float2 * peaks = (float2 *) (job.scratch + job.layout.peaks) + group*hylra_ceil_div(n_kv, HYLRA_CUDA_TILE)*4;
-        peaks[first/HYLRA_CUDA_TILE*4 + t] = make_float2(state.ref[0], state.ref[1]);
+        hylra_store_kept(&peaks[first/HYLRA_CUDA_TILE*4 + t], make_float2(state.ref[0], state.ref[1]));
     }
 }
 
