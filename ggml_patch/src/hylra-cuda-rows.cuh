@@ -13,31 +13,6 @@ template <int TYPE> static __device__ __forceinline__ int hylra_octet_dim(int oc
     return octet*8 + j;
 }
 
-// ---- rows that nobody reads again in this step: they pass by the first-level cache and are the first to leave the second one, so that what a
-// select layer keeps for pooling stays there instead of being written to memory and read back
-
-#ifndef HYLRA_VARIANT
-#    define HYLRA_VARIANT 2 // bench-cuda compares: 2 such reads, 4 of 256 bytes at a time, 8 weights marked to stay
-#endif
-
-static __device__ __forceinline__ uint4 hylra_load_once(const uint4 * p, bool present) {
-    uint4 x;
-#if __CUDA_ARCH__ >= 800 && HYLRA_VARIANT & 2
-    uint64_t evict_first;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first)); // the compiler takes it out of the loop
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-#    if HYLRA_VARIANT & 4
-                 "@p ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
-#    else
-                 "@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6; }"
-#    endif
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p), "r"(int(present)), "l"(evict_first));
-#else
-    x = present ? *p : make_uint4(0, 0, 0, 0);
-#endif
-    return x;
-}
-
 template <bool ONCE> static __device__ __forceinline__ uint4 hylra_load(const uint4 * p, bool present) {
     if constexpr (ONCE) {
         return hylra_load_once(p, present);

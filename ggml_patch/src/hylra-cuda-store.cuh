@@ -38,21 +38,6 @@ struct hylra_softmax { float ref[2], sum[2]; };
 
 // ---- stores
 
-// Writes what pooling reads soon.
-template <typename T> static __device__ __forceinline__ void hylra_store_kept(T * to, T x) {
-#if __CUDA_ARCH__ >= 800 && HYLRA_VARIANT & 8
-    uint64_t evict_last;
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(evict_last));
-    if constexpr (sizeof(T) == 4) {
-        asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" :: "l"(to), "r"(x), "l"(evict_last) : "memory");
-    } else {
-        asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" :: "l"(to), "f"(x.x), "f"(x.y), "l"(evict_last) : "memory");
-    }
-#else
-    *to = x;
-#endif
-}
-
 // Empties the bins that pool counts in, before it runs: pool may start while reduce still runs.
 static __device__ __forceinline__ void hylra_clear_bins(const hylra_cuda_job & job) {
     int32_t * bins = (int32_t *) (job.scratch + job.layout.bins);
