@@ -177,6 +177,16 @@ template <int N> static __device__ __forceinline__ void hylra_shrink(const float
     }
 }
 
+// The lanes of a column have summed different cells.
+static __device__ __forceinline__ void hylra_sum_lanes(hylra_softmax & state) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        for (int mask = 4; mask < 32; mask *= 2) {
+            state.sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state.sum[c], mask);
+        }
+    }
+}
+
 // A batch of V octets of the four cells whose rows a lane holds
 template <int TYPE, bool ONCE, int BATCH>
 static __device__ __forceinline__ void hylra_load_v(const hylra_attn & a, const uint8_t * v, const int (&cell)[4], int first, uint4 (&rows)[BATCH][4]) {
@@ -309,12 +319,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
 
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            for (int mask = 4; mask < 32; mask *= 2) {
-                state[w].sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state[w].sum[c], mask);
-            }
-        }
+        hylra_sum_lanes(state[w]);
         if constexpr (SCORES) {
             hylra_store_state<SPLIT>(job, chunk, stream, head_kv, column0 + 8*w, columns[w], state[w], norms);
         } else if constexpr (SPLIT) {

@@ -10,10 +10,16 @@
 #    define HYLRA_REUSE_CLUSTER 16 // bench-cuda compares; 8 where the card does not take 16
 #    define HYLRA_REUSE_WARPS   8
 #endif
+#ifndef HYLRA_REUSE_BLOCKS
+#    define HYLRA_REUSE_BLOCKS 2
+#endif
+
+// Blocks per processor that registers are kept few enough for: with one alone, eight clusters of 16 need eight parts of the card of 16 free processors each
+constexpr int hylra_reuse_blocks(int n_embd, int wide) { return n_embd*wide <= 128 ? HYLRA_REUSE_BLOCKS : 1; }
 
 // Partial outputs arrive here, in slices of 32 dimensions; slice i of the group's columns belongs to block i%CLUSTER.
 template <int EMBD, int WIDE, int CLUSTER> struct hylra_inbox {
-    static constexpr int PER_COLUMN = EMBD/32, SLOTS = WIDE*8*PER_COLUMN/CLUSTER;
+    static constexpr int SLOTS = WIDE*8*(EMBD/32)/CLUSTER;
     float  parts[CLUSTER][SLOTS][32]; // by the block that sent it
     float2 norms[CLUSTER][WIDE*8];    // reference and sum of the columns
 };
@@ -52,48 +58,27 @@ template <int TYPE, int EMBD, int WIDE, int N_THREADS> struct hylra_queries {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// The warps of a block have seen different cells: one group of columns is added and sent to the blocks that finish it. n_column: of the group
+// One group of columns of a block is added and sent to the blocks that finish it. n_column: of the group; shared, norms: of hylra_share_outputs
 template <int TYPE, int EMBD, int WIDE, int WARPS, int CLUSTER>
-static __device__ void hylra_send(const hylra_softmax & state, const float (&out)[EMBD/16][4], int w, int n_column, float * shared /* [WARPS][8][EMBD + 1] */,
-                                  float2 (*norms)[8] /* [WARPS] */, hylra_inbox<EMBD, WIDE, CLUSTER> & inbox) {
-    constexpr int STRIDE = EMBD + 1, PER_COLUMN = EMBD/32;
+static __device__ void hylra_send(const hylra_softmax & state, const float (&out)[EMBD/16][4], int w, int n_column, float * shared, float2 (*norms)[8],
+                                  hylra_inbox<EMBD, WIDE, CLUSTER> & inbox) {
     const auto cluster = cooperative_groups::this_cluster();
-    const int lane = threadIdx.x%32, warp = threadIdx.x/32, g = lane/4, t = lane%4, rank = blockIdx.x%CLUSTER;
-    __syncthreads();
-    if (g == 0) {
-        norms[warp][2*t]     = make_float2(state.ref[0], state.sum[0]);
-        norms[warp][2*t + 1] = make_float2(state.ref[1], state.sum[1]);
-    }
-#pragma unroll
-    for (int m = 0; m < EMBD/16; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            shared[(warp*8 + 2*t + i%2)*STRIDE + hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + i/2)] = out[m][i];
-        }
-    }
-    __syncthreads();
-    for (int column = warp; column < min(n_column, 8); column += WARPS) {
-        float ref = -INFINITY, sum = 0.0f, factor[WARPS];
-#pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
-            ref = fmaxf(ref, norms[i][column].x);
-        }
-#pragma unroll
-        for (int i = 0; i < WARPS; ++i) {
-            factor[i] = ref == -INFINITY ? 0.0f : exp2f(norms[i][column].x - ref);
-            sum += factor[i]*norms[i][column].y;
-        }
+    const int lane = threadIdx.x%32, rank = blockIdx.x%CLUSTER;
+    hylra_share_outputs<TYPE, EMBD>(state, out, shared, norms);
+    for (int column = threadIdx.x/32; column < min(n_column, 8); column += WARPS) {
+        float factor[WARPS];
+        const float2 norm = hylra_merged_norm(norms, column, factor);
         if (lane < CLUSTER) {
-            *cluster.map_shared_rank(&inbox.norms[rank][w*8 + column], lane) = make_float2(ref, sum);
+            *cluster.map_shared_rank(&inbox.norms[rank][w*8 + column], lane) = norm;
         }
 #pragma unroll
-        for (int part = 0; part < PER_COLUMN; ++part) {
+        for (int part = 0; part < EMBD/32; ++part) {
             float x = 0.0f;
 #pragma unroll
             for (int i = 0; i < WARPS; ++i) {
-                x += factor[i]*shared[(i*8 + column)*STRIDE + part*32 + lane];
+                x += factor[i]*shared[(i*8 + column)*(EMBD + 1) + part*32 + lane];
             }
-            const int slice = (w*8 + column)*PER_COLUMN + part;
+            const int slice = (w*8 + column)*(EMBD/32) + part;
             *cluster.map_shared_rank(&inbox.parts[rank][slice/CLUSTER][lane], slice%CLUSTER) = x;
         }
     }
@@ -122,49 +107,76 @@ static __device__ __forceinline__ float hylra_finish(const hylra_attn & a, const
     return sum > 0.0f ? x/sum : 0.0f; // a row without visible cells gives zeros, as in llama.cpp
 }
 
-#endif
+// What a block works on: cells of one KV head and token, for the columns from column0 on
+struct hylra_reuse_place { int rank, column0, head_kv, stream, token; };
 
-// grid: (CLUSTER * blocks of columns, KV heads, streams * tokens). output: F32 [n_embd_v, n_head, n_tokens, n_stream]
-template <int TYPE, int EMBD, int WIDE, int WARPS, int CLUSTER>
-static __global__ void __launch_bounds__(32*WARPS) hylra_reuse_kernel(const __grid_constant__ hylra_cuda_job job, float * output) {
-#if __CUDA_ARCH__ >= 900
-    constexpr int  V_BATCH = EMBD <= 128 ? EMBD/64 : 2;
-    constexpr bool V_EARLY = EMBD*WIDE <= 128;
-    __shared__ uint4  q[WIDE*EMBD];
-    __shared__ float  merge[WARPS*8*(EMBD + 1)];
-    __shared__ float2 norms[WARPS][8];
-    __shared__ hylra_inbox<EMBD, WIDE, CLUSTER> inbox;
-    const auto cluster = cooperative_groups::this_cluster();
-    cluster.barrier_arrive(); // waited for where another block's memory is written first: by then all have begun
-    hylra_await();
-    hylra_release();
-    const hylra_attn & a = job.attn;
-    const hylra_cuda_plan & p = job.plan;
-    const int lane = threadIdx.x%32, warp = threadIdx.x/32, t = lane%4;
-    const int rank = blockIdx.x%CLUSTER, column0 = blockIdx.x/CLUSTER*WIDE*8, head_kv = blockIdx.y, stream = blockIdx.z/a.n_tokens, token = blockIdx.z%a.n_tokens;
-    const uint8_t * k = (const uint8_t *) a.k + head_kv*a.k_nb[2] + stream*a.k_nb[3];
-    const uint8_t * v = (const uint8_t *) a.v + head_kv*a.v_nb[2] + stream*a.v_nb[3];
-    const int32_t * list = (const int32_t *) a.cells + (size_t(blockIdx.z)*a.lists + job.head_list[head_kv])*a.n_cells;
-    const int per_block = hylra_ceil_div(a.n_cells, CLUSTER*HYLRA_CUDA_TILE)*HYLRA_CUDA_TILE;
-    const int end = min((rank + 1)*per_block, a.n_cells);
-    int first = rank*per_block + warp*HYLRA_CUDA_TILE;
+template <int WIDE, int CLUSTER> static __device__ __forceinline__ hylra_reuse_place hylra_reuse_place_of(const hylra_attn & a) {
+    return { int(blockIdx.x)%CLUSTER, int(blockIdx.x)/CLUSTER*WIDE*8, int(blockIdx.y), int(blockIdx.z)/a.n_tokens, int(blockIdx.z)%a.n_tokens };
+}
 
-    hylra_column columns[WIDE][2];
-    hylra_softmax state[WIDE];
-    float out[WIDE][EMBD/16][4] = {};
+template <int EMBD, int WIDE> struct hylra_reuse_state {
+    hylra_column  columns[WIDE][2];
+    hylra_softmax softmax[WIDE];
+    float         out[WIDE][EMBD/16][4];
+};
+
+template <int EMBD, int WIDE>
+static __device__ __forceinline__ void hylra_reuse_begin(const hylra_cuda_job & job, const hylra_reuse_place & at, hylra_reuse_state<EMBD, WIDE> & state) {
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            columns[w][c] = hylra_column_of<true>(a, p, column0 + 8*w + 2*t + c, head_kv, token);
-            state[w].ref[c] = -INFINITY;
-            state[w].sum[c] = 0.0f;
+            state.columns[w][c] = hylra_column_of<true>(job.attn, job.plan, at.column0 + 8*w + 2*(threadIdx.x%4) + c, at.head_kv, at.token);
+            state.softmax[w].ref[c] = -INFINITY;
+            state.softmax[w].sum[c] = 0.0f;
+        }
+#pragma unroll
+        for (int m = 0; m < EMBD/16; ++m) {
+            state.out[w][m][0] = state.out[w][m][1] = state.out[w][m][2] = state.out[w][m][3] = 0.0f;
         }
     }
-    hylra_tile<WIDE> tile = hylra_tile_at<WIDE, true>(a, columns, list, stream, first, end);
+}
+
+// Adds a tile whose K rows, and V_EARLY its first V rows, are on their way.
+template <int TYPE, int EMBD, int WIDE, bool V_EARLY, int V_BATCH>
+static __device__ __forceinline__ void hylra_reuse_tile(const hylra_attn & a, const uint8_t * v, const hylra_tile<WIDE> & tile, const int (&v_cell)[4],
+                                                        const uint4 (&k_rows)[EMBD/32][2], uint4 (&v_rows)[V_BATCH][4], const uint4 * q, hylra_reuse_state<EMBD, WIDE> & state) {
+    float s[WIDE][4] = {};
+    uint32_t p_frags[WIDE][2];
+    hylra_add_k<EMBD, WIDE>(k_rows, 0, q, s);
+    hylra_finish_logits(a, state.columns, tile, s);
+#pragma unroll
+    for (int w = 0; w < WIDE; ++w) {
+        hylra_shrink(hylra_tile_weights(state.softmax[w], s[w]), state.out[w]);
+        p_frags[w][0] = hylra_transpose(hylra_bits(__floats2half2_rn(s[w][0], s[w][1])));
+        p_frags[w][1] = hylra_transpose(hylra_bits(__floats2half2_rn(s[w][2], s[w][3])));
+    }
+#pragma unroll
+    for (int octets = 0; octets < EMBD/64; octets += V_BATCH) {
+        if (!V_EARLY || octets > 0) {
+            hylra_load_v<TYPE, true>(a, v, v_cell, octets, v_rows);
+        }
+        hylra_add_v<EMBD, WIDE>(v_rows, octets, p_frags, state.out);
+    }
+}
+
+// The warp's tiles of the block's cells. Usually there is one: its rows are asked for as soon as the list is there, before the queries are.
+// A warp without cells goes through it once too: nothing that it adds counts.
+template <int TYPE, int EMBD, int WIDE, int WARPS, int CLUSTER>
+static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & job, const hylra_reuse_place & at, uint4 * q, hylra_reuse_state<EMBD, WIDE> & state) {
+    constexpr int  V_BATCH = EMBD <= 128 ? EMBD/64 : 2;
+    constexpr bool V_EARLY = EMBD*WIDE <= 128;
+    const hylra_attn & a = job.attn;
+    const int t = threadIdx.x%4;
+    const uint8_t * k = (const uint8_t *) a.k + at.head_kv*a.k_nb[2] + at.stream*a.k_nb[3];
+    const uint8_t * v = (const uint8_t *) a.v + at.head_kv*a.v_nb[2] + at.stream*a.v_nb[3];
+    const int32_t * list = (const int32_t *) a.cells + (size_t(blockIdx.z)*a.lists + job.head_list[at.head_kv])*a.n_cells;
+    const int per_block = hylra_ceil_div(a.n_cells, CLUSTER*HYLRA_CUDA_TILE)*HYLRA_CUDA_TILE, end = min((at.rank + 1)*per_block, a.n_cells);
+    int first = at.rank*per_block + int(threadIdx.x)/32*HYLRA_CUDA_TILE;
+    hylra_tile<WIDE> tile = hylra_tile_at<WIDE, true>(a, state.columns, list, at.stream, first, end);
     hylra_queries<TYPE, EMBD, WIDE, 32*WARPS> queries;
-    queries.load(a, p, column0, head_kv, token, stream);
-    for (bool staged = false;; staged = true) { // a warp without cells goes through it once: nothing it adds counts
+    queries.load(a, job.plan, at.column0, at.head_kv, at.token, at.stream);
+    for (bool staged = false;; staged = true) {
         const int v_cell[4] = { __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t + 4),
                                 __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t + 4) };
         uint4 k_rows[EMBD/32][2], v_rows[V_BATCH][4];
@@ -177,52 +189,57 @@ static __global__ void __launch_bounds__(32*WARPS) hylra_reuse_kernel(const __gr
             __syncthreads();
         }
         first += HYLRA_CUDA_TILE*WARPS;
-        const hylra_tile<WIDE> next = hylra_tile_at<WIDE, true>(a, columns, list, stream, first, end);
-        float s[WIDE][4] = {};
-        uint32_t p_frags[WIDE][2];
-        hylra_add_k<EMBD, WIDE>(k_rows, 0, q, s);
-        hylra_finish_logits(a, columns, tile, s);
-#pragma unroll
-        for (int w = 0; w < WIDE; ++w) {
-            hylra_shrink(hylra_tile_weights(state[w], s[w]), out[w]);
-            p_frags[w][0] = hylra_transpose(hylra_bits(__floats2half2_rn(s[w][0], s[w][1])));
-            p_frags[w][1] = hylra_transpose(hylra_bits(__floats2half2_rn(s[w][2], s[w][3])));
-        }
-#pragma unroll
-        for (int octets = 0; octets < EMBD/64; octets += V_BATCH) {
-            if (!V_EARLY || octets > 0) {
-                hylra_load_v<TYPE, true>(a, v, v_cell, octets, v_rows);
-            }
-            hylra_add_v<EMBD, WIDE>(v_rows, octets, p_frags, out);
-        }
+        const hylra_tile<WIDE> next = hylra_tile_at<WIDE, true>(a, state.columns, list, at.stream, first, end);
+        hylra_reuse_tile<TYPE, EMBD, WIDE, V_EARLY, V_BATCH>(a, v, tile, v_cell, k_rows, v_rows, q, state);
         if (first >= end) {
-            break;
+            return;
         }
         tile = next;
     }
+}
 
-    cluster.barrier_wait();
-#pragma unroll
-    for (int w = 0; w < WIDE; ++w) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            for (int mask = 4; mask < 32; mask *= 2) {
-                state[w].sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state[w].sum[c], mask);
-            }
-        }
-        hylra_send<TYPE, EMBD, WIDE, WARPS, CLUSTER>(state[w], out[w], w, p.n_column - column0 - 8*w, merge, norms, inbox);
-    }
-    cluster.sync(); // all has arrived; nothing of another block is used after this
-    for (int slot = warp; slot < inbox.SLOTS; slot += WARPS) {
-        const int slice = slot*CLUSTER + rank, column = slice/inbox.PER_COLUMN, d = slice%inbox.PER_COLUMN*32 + lane;
-        const hylra_column of = hylra_column_of<true>(a, p, column0 + column, head_kv, token);
+// The block's slices of the output
+template <int EMBD, int WIDE, int WARPS, int CLUSTER>
+static __device__ __forceinline__ void hylra_reuse_finish(const hylra_cuda_job & job, const hylra_reuse_place & at, const hylra_inbox<EMBD, WIDE, CLUSTER> & inbox, float * output) {
+    const hylra_attn & a = job.attn;
+    for (int slot = threadIdx.x/32; slot < hylra_inbox<EMBD, WIDE, CLUSTER>::SLOTS; slot += WARPS) {
+        const int slice = slot*CLUSTER + at.rank, column = slice/(EMBD/32), d = slice%(EMBD/32)*32 + threadIdx.x%32;
+        const hylra_column of = hylra_column_of<true>(a, job.plan, at.column0 + column, at.head_kv, at.token);
         if (of.head >= 0) {
             const float x = hylra_finish(a, inbox, slot, column, of.head);
             if (d < a.n_embd_v) {
-                output[hylra_cuda_row(a, stream, of)*a.n_embd_v + d] = x;
+                output[hylra_cuda_row(a, at.stream, of)*a.n_embd_v + d] = x;
             }
         }
     }
+}
+
+#endif
+
+// grid: (CLUSTER * blocks of columns, KV heads, streams * tokens). output: F32 [n_embd_v, n_head, n_tokens, n_stream]
+template <int TYPE, int EMBD, int WIDE, int WARPS, int CLUSTER>
+static __global__ void __launch_bounds__(32*WARPS, hylra_reuse_blocks(EMBD, WIDE)) hylra_reuse_kernel(const __grid_constant__ hylra_cuda_job job, float * output) {
+#if __CUDA_ARCH__ >= 900
+    __shared__ uint4  q[WIDE*EMBD];
+    __shared__ float  merge[WARPS*8*(EMBD + 1)];
+    __shared__ float2 norms[WARPS][8];
+    __shared__ hylra_inbox<EMBD, WIDE, CLUSTER> inbox;
+    const auto cluster = cooperative_groups::this_cluster();
+    cluster.barrier_arrive(); // waited for where another block's memory is written first: by then all have begun
+    hylra_await();
+    hylra_release();
+    const hylra_reuse_place at = hylra_reuse_place_of<WIDE, CLUSTER>(job.attn);
+    hylra_reuse_state<EMBD, WIDE> state;
+    hylra_reuse_begin(job, at, state);
+    hylra_reuse_tiles<TYPE, EMBD, WIDE, WARPS, CLUSTER>(job, at, q, state);
+    cluster.barrier_wait();
+#pragma unroll
+    for (int w = 0; w < WIDE; ++w) {
+        hylra_sum_lanes(state.softmax[w]);
+        hylra_send<TYPE, EMBD, WIDE, WARPS, CLUSTER>(state.softmax[w], state.out[w], w, job.plan.n_column - at.column0 - 8*w, merge, norms, inbox);
+    }
+    cluster.sync(); // all has arrived; nothing of another block is used after this
+    hylra_reuse_finish<EMBD, WIDE, WARPS, CLUSTER>(job, at, inbox, output);
 #endif
 }
 
