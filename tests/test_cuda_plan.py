@@ -103,7 +103,7 @@ def test_from_which_length_on_a_layer_gains_on_a_gpu(tmp_path, shape, n_kv, over
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("source", ["hylra-cuda.cu", "hylra-cuda-select.cu", "hylra-cuda-choose.cu", "hylra-cuda-cluster.cu", "hylra-cuda-q8_0.cu"])
+@pytest.mark.parametrize("source", ["hylra-cuda.cu", "hylra-cuda-select.cu", "hylra-cuda-choose.cu", "hylra-cuda-cluster.cu", "hylra-cuda-f16.cu", "hylra-cuda-q8_0.cu"])
 def test_kernels_compile_for_turing_and_hopper(tmp_path, source):
     """A type stands for all: the kernels of one template. Continuous integration has no nvcc and skips this."""
     for arch in ("sm_75", "sm_90"):

@@ -9,20 +9,22 @@
 
 // ---- the cells of a tile: rows g and g+8 of the fragments
 
+constexpr uint16_t HYLRA_HALF_HIDDEN = 0xFC00; // -inf
+
 template <int WIDE> struct hylra_tile {
-    int   cell[2];          // -1: none
-    float bias[WIDE][2][2]; // of columns 2t and 2t+1 at the two cells; -inf: hidden
+    int      cell[2];          // -1: none
+    uint16_t mask[WIDE][2][2]; // halves, of columns 2t and 2t+1 at the two cells; as they come, since to convert one is to wait for it
 };
 
-template <bool LISTED> static __device__ __forceinline__ float hylra_cuda_bias(const hylra_attn & a, const hylra_column & column, int stream, int cell) {
+template <bool LISTED> static __device__ __forceinline__ uint16_t hylra_cuda_mask(const hylra_attn & a, const hylra_column & column, int stream, int cell) {
     if (cell < 0 || column.head < 0) {
-        return -INFINITY;
+        return HYLRA_HALF_HIDDEN;
     }
     if (!a.mask || (LISTED && a.max_bias <= 0.0f)) { // a listed cell was seen when it was chosen
-        return 0.0f;
+        return 0;
     }
     const char * row = (const char *) a.mask + column.token*a.mask_nb[1] + stream*a.mask_nb[3];
-    return __half2float(((const half *) row)[cell])*column.slope;
+    return ((const uint16_t *) row)[cell];
 }
 
 template <int WIDE, bool LISTED>
@@ -34,7 +36,7 @@ static __device__ __forceinline__ hylra_tile<WIDE> hylra_tile_at(const hylra_att
         tile.cell[half_tile] = i < end ? (LISTED ? list[i] : i) : -1;
         for (int w = 0; w < WIDE; ++w) {
             for (int c = 0; c < 2; ++c) {
-                tile.bias[w][half_tile][c] = hylra_cuda_bias<LISTED>(a, columns[w][c], stream, tile.cell[half_tile]);
+                tile.mask[w][half_tile][c] = hylra_cuda_mask<LISTED>(a, columns[w][c], stream, tile.cell[half_tile]);
             }
         }
     }
@@ -50,7 +52,7 @@ template <int WIDE, bool LISTED> static __device__ __forceinline__ bool hylra_ti
         if (!LISTED) {
             seen = false;
             for (int w = 0; w < WIDE; ++w) {
-                seen = seen || tile.bias[w][half_tile][0] != -INFINITY || tile.bias[w][half_tile][1] != -INFINITY;
+                seen = seen || tile.mask[w][half_tile][0] != HYLRA_HALF_HIDDEN || tile.mask[w][half_tile][1] != HYLRA_HALF_HIDDEN;
             }
         }
         const unsigned lanes = __ballot_sync(0xFFFFFFFFu, seen);
@@ -62,8 +64,8 @@ template <int WIDE, bool LISTED> static __device__ __forceinline__ bool hylra_ti
 
 // ---- the kernel
 
-template <int TYPE> static __device__ __forceinline__ uint4 hylra_octet_of(const uint8_t * base, uint64_t nb, int cell, int octet, int n_octet) {
-    return cell >= 0 && octet < n_octet ? hylra_octet<TYPE>(base + cell*nb, octet) : make_uint4(0, 0, 0, 0);
+template <int TYPE, bool ONCE> static __device__ __forceinline__ uint4 hylra_octet_of(const uint8_t * base, uint64_t nb, int cell, int octet, int n_octet) {
+    return hylra_octet<TYPE, ONCE>(base + cell*nb, octet, cell >= 0 && octet < n_octet);
 }
 
 // Writes the query fragments of one warp's columns: shared[wide][n_embd_k/32][lane]
@@ -86,41 +88,60 @@ static __device__ __forceinline__ void hylra_stage_q(const hylra_attn & a, const
     }
 }
 
-// s[wide]: logits of the tile, base 2
-template <int TYPE, int EMBD_K, int WIDE>
-static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, const uint8_t * k, const hylra_tile<WIDE> & tile, const uint4 * q_frags, float (&s)[WIDE][4]) {
-    constexpr int BATCH = EMBD_K <= 256 ? EMBD_K/32 : 6; // octet rows that are in flight together
-    const int lane = threadIdx.x%32, t = lane%4, n_octet = a.n_embd_k/8;
-    for (int w = 0; w < WIDE; ++w) {
-        s[w][0] = s[w][1] = s[w][2] = s[w][3] = 0.0f;
+// A batch of K octets of the two cells whose rows a lane holds
+template <int TYPE, bool ONCE, int WIDE, int BATCH>
+static __device__ __forceinline__ void hylra_load_k(const hylra_attn & a, const uint8_t * k, const hylra_tile<WIDE> & tile, int first, uint4 (&rows)[BATCH][2]) {
+    const int t = threadIdx.x%4, n_octet = a.n_embd_k/8;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+        rows[i][0] = hylra_octet_of<TYPE, ONCE>(k, a.k_nb[1], tile.cell[0], (first + i)*4 + t, n_octet);
+        rows[i][1] = hylra_octet_of<TYPE, ONCE>(k, a.k_nb[1], tile.cell[1], (first + i)*4 + t, n_octet);
     }
-    static_assert(EMBD_K/32%BATCH == 0, "");
+}
+
+// s[wide]: += K Q^T of a batch
+template <int EMBD_K, int WIDE, int BATCH>
+static __device__ __forceinline__ void hylra_add_k(const uint4 (&rows)[BATCH][2], int first, const uint4 * q_frags, float (&s)[WIDE][4]) {
 #pragma unroll
-    for (int first = 0; first < EMBD_K/32; first += BATCH) {
-        uint4 lo[BATCH], hi[BATCH];
+    for (int i = 0; i < BATCH; ++i) {
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            lo[i] = hylra_octet_of<TYPE>(k, a.k_nb[1], tile.cell[0], (first + i)*4 + t, n_octet);
-            hi[i] = hylra_octet_of<TYPE>(k, a.k_nb[1], tile.cell[1], (first + i)*4 + t, n_octet);
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-#pragma unroll
-            for (int w = 0; w < WIDE; ++w) {
-                const uint4 q = q_frags[(w*(EMBD_K/32) + first + i)*32 + lane];
-                hylra_mma(s[w], lo[i].x, hi[i].x, lo[i].y, hi[i].y, q.x, q.y);
-                hylra_mma(s[w], lo[i].z, hi[i].z, lo[i].w, hi[i].w, q.z, q.w);
-            }
+        for (int w = 0; w < WIDE; ++w) {
+            const uint4 q = q_frags[(w*(EMBD_K/32) + first + i)*32 + threadIdx.x%32];
+            hylra_mma(s[w], rows[i][0].x, rows[i][1].x, rows[i][0].y, rows[i][1].y, q.x, q.y);
+            hylra_mma(s[w], rows[i][0].z, rows[i][1].z, rows[i][0].w, rows[i][1].w, q.z, q.w);
         }
     }
+}
+
+// Products become logits, base 2.
+template <int WIDE>
+static __device__ __forceinline__ void hylra_finish_logits(const hylra_attn & a, const hylra_column (&columns)[WIDE][2], const hylra_tile<WIDE> & tile, float (&s)[WIDE][4]) {
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float x = a.softcap == 0.0f ? s[w][i] : HYLRA_LOG2E*a.softcap*tanhf(s[w][i]/a.softcap);
-            s[w][i] = x + tile.bias[w][i/2][i%2];
+            s[w][i] = x + __half2float(__ushort_as_half(tile.mask[w][i/2][i%2]))*columns[w][i%2].slope;
         }
     }
+}
+
+// s[wide]: logits of the tile
+template <int TYPE, bool ONCE, int EMBD_K, int WIDE>
+static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, const uint8_t * k, const hylra_column (&columns)[WIDE][2], const hylra_tile<WIDE> & tile,
+                                                         const uint4 * q_frags, float (&s)[WIDE][4]) {
+    constexpr int BATCH = EMBD_K <= 256 ? EMBD_K/32 : 6; // octet rows that are in flight together
+    static_assert(EMBD_K/32%BATCH == 0, "");
+    for (int w = 0; w < WIDE; ++w) {
+        s[w][0] = s[w][1] = s[w][2] = s[w][3] = 0.0f;
+    }
+#pragma unroll
+    for (int first = 0; first < EMBD_K/32; first += BATCH) {
+        uint4 rows[BATCH][2];
+        hylra_load_k<TYPE, ONCE>(a, k, tile, first, rows);
+        hylra_add_k<EMBD_K, WIDE>(rows, first, q_frags, s);
+    }
+    hylra_finish_logits(a, columns, tile, s);
 }
 
 // Logits become weights; returns by how much earlier outputs shrink
@@ -143,15 +164,38 @@ static __device__ __forceinline__ float2 hylra_tile_weights(hylra_softmax & stat
     return make_float2(shrink[0], shrink[1]);
 }
 
+// Outputs so far are brought to a new reference.
+template <int N> static __device__ __forceinline__ void hylra_shrink(const float2 & shrink, float (&out)[N][4]) {
+    if (__any_sync(0xFFFFFFFFu, shrink.x != 1.0f || shrink.y != 1.0f)) {
+#pragma unroll
+        for (int m = 0; m < N; ++m) {
+            out[m][0] *= shrink.x;
+            out[m][1] *= shrink.y;
+            out[m][2] *= shrink.x;
+            out[m][3] *= shrink.y;
+        }
+    }
+}
+
+// The lanes of a column have summed different cells.
+static __device__ __forceinline__ void hylra_sum_lanes(hylra_softmax & state) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        for (int mask = 4; mask < 32; mask *= 2) {
+            state.sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state.sum[c], mask);
+        }
+    }
+}
+
 // A batch of V octets of the four cells whose rows a lane holds
-template <int TYPE, int BATCH>
+template <int TYPE, bool ONCE, int BATCH>
 static __device__ __forceinline__ void hylra_load_v(const hylra_attn & a, const uint8_t * v, const int (&cell)[4], int first, uint4 (&rows)[BATCH][4]) {
     const int g = threadIdx.x%32/4, n_octet = a.n_embd_v/8;
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            rows[b][i] = hylra_octet_of<TYPE>(v, a.v_nb[1], cell[i], (first + b)*8 + g, n_octet);
+            rows[b][i] = hylra_octet_of<TYPE, ONCE>(v, a.v_nb[1], cell[i], (first + b)*8 + g, n_octet);
         }
     }
 }
@@ -189,6 +233,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     constexpr int  Q_FRAGS = WIDE*EMBD_K; // of a warp (SPLIT) or of the block
     constexpr int  V_BATCH = EMBD_V <= 128 ? EMBD_V/64 : 2;
     constexpr bool V_EARLY = EMBD_V*WIDE <= 128; // V under way while K is computed: where registers allow
+    constexpr bool ONCE    = !SPLIT; // else each warp of a block reads the row
     __shared__ uint4  q_frags[SPLIT ? HYLRA_CUDA_WARPS*Q_FRAGS : Q_FRAGS];
     __shared__ float  merge[SPLIT || SCORES ? 1 : HYLRA_CUDA_WARPS*8*(EMBD_V + 1)];
     __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
@@ -227,6 +272,9 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     uint4 * q = q_frags + (SPLIT ? warp*Q_FRAGS : 0);
     hylra_stage_q<TYPE, EMBD_K, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q, SPLIT ? lane : threadIdx.x, SPLIT ? 32 : 32*HYLRA_CUDA_WARPS);
     __syncthreads();
+    if constexpr (!LISTED) {
+        hylra_clear_bins(job); // of none if no weights are kept
+    }
     for (; first < end; first += step) {
         hylra_tile<WIDE> tile = next;
         next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first + step, end); // its mask arrives while this tile is computed
@@ -239,20 +287,14 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
         uint32_t weights[WIDE][2], p_frags[WIDE][2];
         uint4 rows[V_BATCH][4];
         if constexpr (V_EARLY && !SCORES) {
-            hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, 0, rows);
+            hylra_load_v<TYPE, ONCE, V_BATCH>(a, v, v_cell, 0, rows);
         }
-        hylra_tile_logits<TYPE, EMBD_K, WIDE>(a, k, tile, q, s);
+        hylra_tile_logits<TYPE, ONCE, EMBD_K, WIDE>(a, k, columns, tile, q, s);
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
             const float2 shrink = hylra_tile_weights(state[w], s[w]);
-            if (!SCORES && __any_sync(0xFFFFFFFFu, shrink.x != 1.0f || shrink.y != 1.0f)) {
-#pragma unroll
-                for (int m = 0; m < EMBD_V/16; ++m) {
-                    out[w][m][0] *= shrink.x;
-                    out[w][m][1] *= shrink.y;
-                    out[w][m][2] *= shrink.x;
-                    out[w][m][3] *= shrink.y;
-                }
+            if constexpr (!SCORES) {
+                hylra_shrink(shrink, out[w]);
             }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -263,7 +305,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
 #pragma unroll
         for (int octets = 0; octets < (SCORES ? 0 : EMBD_V/64); octets += V_BATCH) {
             if (!V_EARLY || octets > 0) {
-                hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, octets, rows);
+                hylra_load_v<TYPE, ONCE, V_BATCH>(a, v, v_cell, octets, rows);
             }
             hylra_add_v<EMBD_V, WIDE, V_BATCH>(rows, octets, p_frags, out);
         }
@@ -277,12 +319,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
 
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            for (int mask = 4; mask < 32; mask *= 2) {
-                state[w].sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state[w].sum[c], mask);
-            }
-        }
+        hylra_sum_lanes(state[w]);
         if constexpr (SCORES) {
             hylra_store_state<SPLIT>(job, chunk, stream, head_kv, column0 + 8*w, columns[w], state[w], norms);
         } else if constexpr (SPLIT) {

@@ -13,6 +13,13 @@ template <int TYPE> static __device__ __forceinline__ int hylra_octet_dim(int oc
     return octet*8 + j;
 }
 
+template <bool ONCE> static __device__ __forceinline__ uint4 hylra_load(const uint4 * p, bool present) {
+    if constexpr (ONCE) {
+        return hylra_load_once(p, present);
+    }
+    return present ? *p : make_uint4(0, 0, 0, 0);
+}
+
 static __device__ __forceinline__ uint32_t hylra_load_u16x2(const uint8_t * p) { // blocks are aligned to two bytes only
     const uint16_t * x = (const uint16_t *) p;
     return uint32_t(x[0]) | uint32_t(x[1]) << 16;
@@ -35,17 +42,22 @@ static __device__ __forceinline__ uint32_t hylra_nibbles_to_halves(uint32_t x, h
     return hylra_bits(__hmul2(__hsub2(hylra_half2((x & 0x000F000Fu) | 0x64006400u), bias), d));
 }
 
-// An octet as four half2; values beyond a half's range saturate as they do in llama.cpp's own kernels.
-template <int TYPE> static __device__ __forceinline__ uint4 hylra_octet(const uint8_t * row, int octet) {
+static __device__ __forceinline__ uint32_t hylra_floats_to_halves(uint32_t a, uint32_t b) {
+    return hylra_bits(__floats2half2_rn(__uint_as_float(a), __uint_as_float(b)));
+}
+
+// An octet as four half2, zeros if there is none; values beyond a half's range saturate as they do in llama.cpp's own kernels.
+template <int TYPE, bool ONCE> static __device__ __forceinline__ uint4 hylra_octet(const uint8_t * row, int octet, bool present) {
     if constexpr (TYPE == GGML_TYPE_F16) {
-        return ((const uint4 *) row)[octet];
+        return hylra_load<ONCE>((const uint4 *) row + octet, present);
     } else if constexpr (TYPE == GGML_TYPE_BF16) {
-        const uint4 x = ((const uint4 *) row)[octet];
+        const uint4 x = hylra_load<ONCE>((const uint4 *) row + octet, present);
         return make_uint4(hylra_bf16x2_to_half2(x.x), hylra_bf16x2_to_half2(x.y), hylra_bf16x2_to_half2(x.z), hylra_bf16x2_to_half2(x.w));
     } else if constexpr (TYPE == GGML_TYPE_F32) {
-        const float4 a = ((const float4 *) row)[2*octet], b = ((const float4 *) row)[2*octet + 1];
-        return make_uint4(hylra_bits(__floats2half2_rn(a.x, a.y)), hylra_bits(__floats2half2_rn(a.z, a.w)),
-                          hylra_bits(__floats2half2_rn(b.x, b.y)), hylra_bits(__floats2half2_rn(b.z, b.w)));
+        const uint4 a = hylra_load<ONCE>((const uint4 *) row + 2*octet, present), b = hylra_load<ONCE>((const uint4 *) row + 2*octet + 1, present);
+        return make_uint4(hylra_floats_to_halves(a.x, a.y), hylra_floats_to_halves(a.z, a.w), hylra_floats_to_halves(b.x, b.y), hylra_floats_to_halves(b.z, b.w));
+    } else if (!present) {
+        return make_uint4(0, 0, 0, 0);
     } else if constexpr (TYPE == GGML_TYPE_Q8_0) { // half d; int8 q[32]
         const uint8_t * block = row + octet/4*34;
         const half2 d = __half2half2(*(const half *) block);

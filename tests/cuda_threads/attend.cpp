@@ -1,0 +1,204 @@
+// Attention on random F16 rows by the CUDA kernels, beside plain double precision: `attend BLOCK.so... < cases`. A case: name, head size, query heads,
+// KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells. Prints for each its name and the largest errors, relative to the
+// largest value: output of select, its scores, scores without V, output of reuse in two launches and in one.
+#include "hylra-attn.h"
+#include "hylra-cuda-plan.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <algorithm>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "hylra-cuda.cuh"
+
+enum { ATTEND, REDUCE, POOL, REUSE };
+struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; };
+
+// ---- blocks
+
+static std::vector<void *> blocks; // the copies of the library
+template <typename F> static F function(int block, const char * name) { return (F) dlsym(blocks[block], name); }
+
+struct task { const work * w; int block, at[3], thread; };
+static void * start(void * p) {
+    const task & t = *(const task *) p;
+    function<void (*)(const work &, int, int, int, int)>(t.block, "run")(*t.w, t.at[0], t.at[1], t.at[2], t.thread);
+    return nullptr;
+}
+
+// `side` neighbouring blocks run together, one such group after another
+static void launch(work w, int x, int y, int z, int side) {
+    w.grid[0] = x, w.grid[1] = y, w.grid[2] = z;
+    const int n_thread = function<int (*)(int)>(0, "threads")(w.kind);
+    pthread_barrier_t cluster;
+    pthread_barrier_init(&cluster, nullptr, n_thread*side);
+    std::vector<const char *> bases;
+    for (int i = 0; i < side; ++i) { bases.push_back(function<const char * (*)()>(i, "base")()); }
+    for (int i = 0; i < side; ++i) { function<void (*)(int, pthread_barrier_t *, const char * const *, int)>(i, "begin")(w.kind, &cluster, bases.data(), side); }
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 128 << 10);
+    for (int first = 0; first < x*y*z; first += side) {
+        std::vector<task> tasks;
+        for (int i = 0; i < side; ++i) {
+            const int at = first + i;
+            for (int thread = 0; thread < n_thread; ++thread) { tasks.push_back({ &w, i, { at%x, at/x%y, at/x/y }, thread }); }
+        }
+        std::vector<pthread_t> threads(tasks.size());
+        for (size_t i = 0; i < tasks.size(); ++i) {
+            if (pthread_create(&threads[i], &small, start, &tasks[i]) != 0) { fprintf(stderr, "no more threads\n"); exit(3); }
+        }
+        for (pthread_t thread : threads) { pthread_join(thread, nullptr); }
+    }
+}
+
+// ---- problems
+
+struct problem {
+    int size, heads, heads_kv, n_kv, tokens, streams, n_listed, lists, sinks;
+    float visible;
+    std::vector<float> q, sink_values;
+    std::vector<_Float16> k, v, mask;
+    std::vector<int32_t> cells, forced, head_list;
+
+    int rows() const { return heads*tokens*streams; }
+
+    void fill(std::mt19937 & rng) {
+        std::normal_distribution<float> normal;
+        const auto random = [&](auto & to, size_t n, float scale) { to.resize(n); for (auto & x : to) { x = scale*normal(rng); } };
+        random(q, size_t(size)*rows(), 2.0f), random(k, size_t(size)*heads_kv*n_kv*streams, 1.0f), random(v, size_t(size)*heads_kv*n_kv*streams, 1.0f);
+        random(sink_values, sinks ? heads : 0, 1.0f);
+        mask.resize(size_t(n_kv)*tokens*streams);
+        for (_Float16 & x : mask) { x = _Float16(rng()%1000 < visible*1000 ? 0.0f : -INFINITY); }
+        for (int row = 0; row < lists*tokens*streams; ++row) { // ascending visible cells, then -1
+            std::vector<int32_t> list;
+            for (int cell = 0; cell < n_kv; ++cell) {
+                if (mask[size_t(row/lists)*n_kv + cell] == 0 && rng()%3 && int(list.size()) < n_listed) { list.push_back(cell); }
+            }
+            list.resize(n_listed, -1);
+            cells.insert(cells.end(), list.begin(), list.end());
+        }
+        forced.assign(size_t(tokens)*streams*2, -1);
+        for (int head = 0; head < heads_kv; ++head) { head_list.push_back(lists == 1 ? 0 : (head + 1)%heads_kv); }
+    }
+
+    hylra_cuda_job job(bool listed, bool scores_only, std::vector<char> & scratch) const {
+        hylra_cuda_job j = {};
+        hylra_attn & a = j.attn;
+        a.type_k = a.type_v = 1;
+        a.n_embd_k = a.n_embd_v = size, a.n_head = heads, a.n_head_kv = heads_kv, a.n_kv = n_kv, a.n_tokens = tokens, a.n_stream = streams;
+        a.scale = 1.0f/sqrtf(float(size)), a.q = q.data(), a.k = k.data(), a.v = v.data(), a.mask = mask.data(), a.sinks = sinks ? sink_values.data() : nullptr;
+        const uint64_t of_q = 4ull*size, row = 2ull*size, of_mask = 2ull*n_kv;
+        const uint64_t q_nb[4] = { 4, of_q*heads, of_q, of_q*heads*tokens }, kv_nb[4] = { 2, row*heads_kv, row, row*heads_kv*n_kv };
+        const uint64_t mask_nb[4] = { 2, of_mask, of_mask*tokens, of_mask*tokens };
+        memcpy(a.q_nb, q_nb, sizeof(q_nb)), memcpy(a.k_nb, kv_nb, sizeof(kv_nb)), memcpy(a.v_nb, kv_nb, sizeof(kv_nb)), memcpy(a.mask_nb, mask_nb, sizeof(mask_nb));
+        if (listed) { a.cells = cells.data(), a.n_cells = n_listed, a.lists = lists; }
+        j.plan = hylra_cuda_plan_of(a, listed ? n_listed : n_kv, listed, scores_only);
+        j.select_lists = listed ? 0 : lists;
+        j.layout = hylra_cuda_layout_of(a, j.plan, j.select_lists);
+        scratch.assign(j.layout.size, char(0xFF));
+        j.scratch = scratch.data();
+        for (int head = 0; head < heads_kv; ++head) { j.head_list[head] = int16_t(head_list[head]); }
+        return j;
+    }
+
+    // Output and, if wanted, scores by their definition
+    std::vector<float> reference(bool listed, std::vector<float> * scores) const {
+        std::vector<float> out(size_t(size)*rows());
+        if (scores) { scores->assign(size_t(n_kv)*lists*tokens*streams, 0.0f); }
+        for (int row = 0; row < rows(); ++row) {
+            const int head = row%heads, column = row/heads, stream = column/tokens, head_kv = head/(heads/heads_kv);
+            std::vector<double> weight(n_kv, 0.0);
+            std::vector<char> wanted(n_kv, !listed);
+            for (int i = 0; listed && i < n_listed; ++i) {
+                const int cell = cells[(size_t(column)*lists + head_list[head_kv])*n_listed + i];
+                if (cell >= 0) { wanted[cell] = 1; }
+            }
+            const auto row_of = [&](const std::vector<_Float16> & x, int cell) { return &x[((size_t(stream)*n_kv + cell)*heads_kv + head_kv)*size]; };
+            double top = sinks ? sink_values[head] : -INFINITY, sum = 0.0;
+            for (int cell = 0; cell < n_kv; ++cell) {
+                weight[cell] = -INFINITY;
+                if (!wanted[cell] || mask[size_t(column)*n_kv + cell] != 0) { continue; }
+                double dot = 0.0;
+                for (int d = 0; d < size; ++d) { dot += double(q[size_t(row)*size + d])*double(float(row_of(k, cell)[d])); }
+                weight[cell] = dot/sqrt(double(size));
+                top = std::max(top, weight[cell]);
+            }
+            for (double & w : weight) { w = w == -INFINITY ? 0.0 : exp(w - top); sum += w; }
+            sum += sinks ? exp(sink_values[head] - top) : 0.0;
+            for (int cell = 0; cell < n_kv && sum > 0.0; ++cell) {
+                for (int d = 0; d < size; ++d) { out[size_t(row)*size + d] += float(weight[cell]/sum*double(float(row_of(v, cell)[d]))); }
+                if (scores) { (*scores)[(size_t(column)*lists + head_kv/(heads_kv/lists))*n_kv + cell] += float(weight[cell]/sum*lists/heads); }
+            }
+        }
+        if (scores) {
+            for (size_t i = 0; i < scores->size(); ++i) {
+                if (mask[i/n_kv/lists*n_kv + i%n_kv] != 0) { (*scores)[i] = HYLRA_SCORE_HIDDEN; }
+            }
+        }
+        return out;
+    }
+};
+
+static double error(const std::vector<float> & found, const std::vector<float> & expected) {
+    double gap = 0.0, top = 1e-9;
+    for (size_t i = 0; i < expected.size(); ++i) {
+        const double one = std::fabs(double(found[i]) - expected[i]);
+        gap = one <= gap ? gap : one; // a NaN stays
+        top = std::max(top, expected[i] == HYLRA_SCORE_HIDDEN ? 0.0 : std::fabs(double(expected[i])));
+    }
+    return gap/top;
+}
+
+static void attend(const hylra_cuda_job & job, std::vector<float> & out) {
+    const hylra_attn & a = job.attn;
+    launch({ ATTEND, {}, 0, job, nullptr, nullptr }, job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.n_stream*(a.cells ? a.n_tokens : 1), 1);
+    if (!job.plan.scores_only) { launch({ REDUCE, {}, 0, job, out.data(), nullptr }, a.n_head*a.n_tokens*a.n_stream, 1, 1, 1); }
+}
+
+static void run(const problem & p, double (&errors)[5]) {
+    std::vector<char> scratch;
+    std::vector<float> expected_scores, out(size_t(p.size)*p.rows(), NAN), scores;
+    const std::vector<float> expected = p.reference(false, &expected_scores), listed = p.reference(true, nullptr);
+    for (bool scores_only : { false, true }) {
+        const hylra_cuda_job job = p.job(false, scores_only, scratch);
+        scores.assign(expected_scores.size(), NAN);
+        attend(job, out);
+        launch({ POOL, {}, 2, job, scores.data(), p.forced.data() }, hylra_ceil_div(p.n_kv, 512), p.lists*p.tokens*p.streams, 1, 1);
+        errors[1 + scores_only] = error(scores, expected_scores);
+    }
+    errors[0] = error(out, expected);
+    const hylra_cuda_job job = p.job(true, false, scratch);
+    out.assign(out.size(), NAN);
+    attend(job, out);
+    errors[3] = error(out, listed);
+    out.assign(out.size(), NAN);
+    launch({ REUSE, {}, 0, job, out.data(), nullptr }, int(blocks.size())*job.plan.n_block_column, p.heads_kv, p.tokens*p.streams, int(blocks.size()));
+    errors[4] = error(out, listed);
+}
+
+int main(int argc, char ** argv) {
+    for (int i = 1; i < argc; ++i) {
+        blocks.push_back(dlopen(argv[i], RTLD_NOW | RTLD_LOCAL));
+        if (!blocks.back()) { fprintf(stderr, "%s\n", dlerror()); return 2; }
+    }
+    std::mt19937 rng(11);
+    char name[64];
+    problem p;
+    while (scanf("%63s %d %d %d %d %d %d %d %d %d %f", name, &p.size, &p.heads, &p.heads_kv, &p.n_kv, &p.tokens, &p.streams, &p.n_listed, &p.lists, &p.sinks, &p.visible) == 11) {
+        double errors[5];
+        p.fill(rng);
+        run(p, errors);
+        printf("%s %.3g %.3g %.3g %.3g %.3g\n", name, errors[0], errors[1], errors[2], errors[3], errors[4]);
+        fflush(stdout);
+        p = problem();
+    }
+    return 0;
+}

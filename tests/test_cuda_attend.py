@@ -1,0 +1,59 @@
+"""The CUDA kernels of attention and pooling on F16 rows, their threads run as threads of this machine, beside double precision.
+
+On a GPU check-cuda runs many more shapes; here a kernel of a cluster of blocks is seen to end and to be right before one is at hand.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from test_cuda_cluster import NO_THREADS, THREADS
+from test_cuda_plan import SOURCES, ggml_headers
+
+BLOCKS = 16
+ERRORS = ("select", "its scores", "scores without V", "reuse in two launches", "reuse in one launch")
+TOLERANCE = 1e-3  # halves for queries and weights
+
+# head size, query heads, KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells
+CASES = {
+    "group of one": (128, 2, 2, 64, 1, 1, 30, 2, 0, 0.8),
+    "group of five": (128, 10, 2, 256, 1, 1, 100, 2, 0, 0.8),
+    "group of eight, one list": (128, 16, 2, 320, 1, 1, 200, 1, 0, 0.9),
+    "two groups of columns, sinks": (128, 18, 2, 192, 1, 1, 100, 2, 1, 0.8),
+    "two blocks of columns": (128, 20, 1, 64, 1, 1, 40, 1, 0, 1.0),
+    "tokens and streams": (128, 10, 2, 128, 2, 2, 60, 2, 1, 0.7),
+    "head size 80": (80, 8, 2, 100, 1, 1, 40, 2, 0, 0.8),
+    "all hidden": (128, 4, 1, 64, 1, 1, 20, 1, 0, 0.0),
+    "all hidden, sinks": (128, 4, 1, 64, 1, 1, 20, 1, 1, 0.0),
+    "few visible": (128, 4, 1, 256, 1, 1, 20, 1, 0, 0.03),
+    "several tiles per warp": (128, 4, 1, 2048, 1, 1, 1200, 1, 0, 1.0),
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no g++")]
+
+
+@pytest.fixture(scope="module")
+def attend(tmp_path_factory):
+    """The command: a program and one copy of the block's library for each block of a cluster"""
+    folder = tmp_path_factory.mktemp("attend")
+    for source in [*SOURCES.glob("hylra*.h"), *SOURCES.glob("hylra-cuda*.cuh"), SOURCES / "hylra-cuda-select.cu", THREADS / "hylra-cuda-mma.cuh"]:
+        shutil.copy(source, folder)  # the last takes the place of the instructions that this machine does not have
+    compiler = ["g++", "-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-pthread", *(f"-I{path}" for path in (folder, THREADS, ggml_headers()))]
+    library = ["-shared", "-fPIC", "-fno-gnu-unique", "-Wl,-Bsymbolic"]
+    subprocess.run([*compiler, *library, THREADS / "attend_block.cpp", "-o", folder / "block0.so"], check=True)
+    for i in range(1, BLOCKS):
+        shutil.copy(folder / "block0.so", folder / f"block{i}.so")
+    subprocess.run([*compiler, THREADS / "attend.cpp", "-ldl", "-o", folder / "attend"], check=True)
+    return [str(folder / "attend"), *(str(folder / f"block{i}.so") for i in range(BLOCKS))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_attend_as_defined(attend, name):
+    done = subprocess.run(attend, input="case " + " ".join(map(str, CASES[name])), capture_output=True, text=True, timeout=300)  # 5 s; a lost barrier never ends
+    if done.returncode == NO_THREADS:
+        pytest.skip("this machine does not give a process 2048 threads")
+    assert done.returncode == 0, done.stderr
+    errors = dict(zip(ERRORS, map(float, done.stdout.split()[1:])))
+    assert len(errors) == len(ERRORS) and all(error < TOLERANCE for error in errors.values()), errors
