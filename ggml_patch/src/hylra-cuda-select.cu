@@ -1,5 +1,5 @@
-// After attend on CUDA: sums over chunks (reduce) and, beside it, one score per cell and list (pool), which also counts the first digit of
-// every score for the radix selection (hylra-cuda-choose.cu, hylra-cuda-cluster.cu).
+// After attend on CUDA: sums over chunks (reduce) and one score per cell and list (pool), which also counts the first digit of every
+// score for the radix selection (hylra-cuda-choose.cu, hylra-cuda-cluster.cu).
 #include "hylra-attn.h"
 #include "hylra-cuda.cuh"
 #include "hylra-radix.h"
@@ -13,53 +13,32 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr int REDUCE_THREADS = 512;
 constexpr int REDUCE_DIMS    = 128; // that are summed side by side; the other threads take other chunks
 
-// What attend left of a row, which is one head of one token: reference and sum of every 32nd chunk from this lane's on
-constexpr int NORMS_PER_LANE = HYLRA_CUDA_MAX_CHUNKS/32;
-struct row_norms { float2 of[NORMS_PER_LANE]; };
-
-static __device__ __forceinline__ row_norms norms_of(const hylra_cuda_job & job, int row) {
-    const float2 * norms = (const float2 *) (job.scratch + job.layout.norms) + size_t(row)*job.plan.n_chunk;
-    row_norms found;
-#pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        const int chunk = threadIdx.x%32 + 32*i;
-        found.of[i] = chunk < job.plan.n_chunk ? __ldcg(norms + chunk) : make_float2(-INFINITY, 0.0f);
-    }
-    return found;
-}
-
-static __device__ __forceinline__ float factor_of(const float2 & norm, float ref) { return norm.x == -INFINITY ? 0.0f : exp2f(norm.x - ref); }
-
-// The row's reference and inverted sum, known to the whole warp
-static __device__ __forceinline__ float2 total_of(const hylra_cuda_job & job, int row, const row_norms & norms) {
+// [n_chunk] what the outputs of each chunk are multiplied by; also writes the total for pool
+static __device__ void chunk_factors(const hylra_cuda_job & job, int row, float * factors) {
     const hylra_attn & a = job.attn;
+    const float2 * norms = (const float2 *) (job.scratch + job.layout.norms) + size_t(row)*job.plan.n_chunk;
     const float sink = a.sinks ? ((const float *) a.sinks)[row%a.n_head]*LOG2E : -INFINITY;
     float ref = sink, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        ref = fmaxf(ref, norms.of[i].x);
+    for (int i = threadIdx.x; i < job.plan.n_chunk; i += 32) {
+        ref = fmaxf(ref, norms[i].x);
     }
     for (int mask = 16; mask > 0; mask /= 2) {
         ref = fmaxf(ref, __shfl_xor_sync(0xFFFFFFFFu, ref, mask));
     }
-#pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        sum += factor_of(norms.of[i], ref)*norms.of[i].y;
+    for (int i = threadIdx.x; i < job.plan.n_chunk; i += 32) {
+        factors[i] = norms[i].x == -INFINITY ? 0.0f : exp2f(norms[i].x - ref);
+        sum += factors[i]*norms[i].y;
     }
     for (int mask = 16; mask > 0; mask /= 2) {
         sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
     }
     sum += a.sinks ? exp2f(sink - ref) : 0.0f;
-    return make_float2(ref, sum > 0.0f ? 1.0f/sum : 0.0f); // a row without visible cells gives zeros, as in llama.cpp
-}
-
-// [n_chunk] what the outputs of each chunk are multiplied by; by one warp
-static __device__ void chunk_factors(const hylra_cuda_job & job, int row, float * factors) {
-    const row_norms norms = norms_of(job, row);
-    const float2 total = total_of(job, row, norms);
-#pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        factors[threadIdx.x + 32*i] = factor_of(norms.of[i], total.x)*total.y;
+    const float inverse = sum > 0.0f ? 1.0f/sum : 0.0f; // a row without visible cells gives zeros, as in llama.cpp
+    for (int i = threadIdx.x; i < job.plan.n_chunk; i += 32) {
+        factors[i] *= inverse;
+    }
+    if (threadIdx.x == 0) {
+        ((float2 *) (job.scratch + job.layout.totals))[row] = make_float2(ref == -INFINITY ? 0.0f : ref, inverse);
     }
 }
 
@@ -83,9 +62,19 @@ static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const 
     const float * parts = (const float *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*a.n_embd_v;
     const int lane = threadIdx.x%REDUCE_DIMS, first = threadIdx.x/REDUCE_DIMS;
     float x[REDUCE_PARTS];
-    load_parts(parts, a.n_embd_v, n_chunk, first, lane, x); // on their way while the factors are computed
+    if (!job.plan.scores_only) {
+        load_parts(parts, a.n_embd_v, n_chunk, first, lane, x); // on their way while the factors are computed
+    }
     if (threadIdx.x < 32) {
         chunk_factors(job, row, factors);
+    }
+    int32_t * bins = (int32_t *) (job.scratch + job.layout.bins);
+    const int n_bin = job.select_lists*a.n_tokens*a.n_stream*HYLRA_CUDA_BINS;
+    for (int i = row*REDUCE_THREADS + threadIdx.x; i < n_bin; i += gridDim.x*REDUCE_THREADS) {
+        bins[i] = 0;
+    }
+    if (job.plan.scores_only) {
+        return;
     }
     __syncthreads();
     __shared__ float sums[REDUCE_THREADS];
@@ -109,9 +98,6 @@ static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const 
 
 void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
-    if (job.plan.scores_only) {
-        return;
-    }
     hylra_enqueue<reduce_kernel>(dim3(a.n_head*a.n_tokens*a.n_stream), REDUCE_THREADS, 0, stream, job, out);
 }
 
@@ -125,30 +111,21 @@ constexpr int POOL_MANY_BLOCKS = 512; // from here on a thread takes two quads: 
 // One row of scores: a list of a token
 struct pool_row { int stream, token, list; };
 
-// What the weights of the block's tiles and eight columns are multiplied by: factors[QUADS*N_THREADS/4][8]. totals: scratch, of the columns
+// What the weights of the block's tiles and eight columns are multiplied by: factors[QUADS*N_THREADS/4][8]
 template <int N_THREADS, int QUADS>
-static __device__ __forceinline__ void pool_factors(const hylra_cuda_job & job, const pool_row & row, size_t at, int group, int head_kv, int first_tile, float2 (&totals)[8],
-                                                    float (*factors)[8]) {
+static __device__ __forceinline__ void pool_factors(const hylra_cuda_job & job, const pool_row & row, size_t at, int group, int head_kv, int first_tile, float (*factors)[8]) {
     const hylra_attn & a = job.attn;
-    const int heads = a.n_head/a.n_head_kv, n_tile = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE);
-    const int first_head = group*8 - row.token*heads; // of column 0; the token's first head is column token*heads
-    const float * peaks = (const float *) (job.scratch + job.layout.peaks) + at*n_tile*8;
-    float peak[2*QUADS];
+    const int heads = a.n_head/a.n_head_kv, column = threadIdx.x%8, n_tile = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE);
+    const float2 * totals = (const float2 *) (job.scratch + job.layout.totals) + (size_t(row.stream)*a.n_tokens + row.token)*a.n_head + head_kv*heads;
+    const float  * peaks  = (const float *) (job.scratch + job.layout.peaks) + at*n_tile*8;
+    const int head = group*8 + column - row.token*heads; // the token's first head is column token*heads
+    const bool mine = head >= 0 && head < heads;
+    const float2 total = totals[mine ? head : 0];
+    const float share = total.y*float(job.select_lists)/float(a.n_head);
 #pragma unroll
-    for (int i = 0; i < 2*QUADS; ++i) {
-        peak[i] = __ldcg(peaks + min(first_tile + int(threadIdx.x/8) + i*(N_THREADS/8), n_tile - 1)*8 + threadIdx.x%8);
-    }
-    for (int column = threadIdx.x/32; column < 8; column += N_THREADS/32) { // a warp each
-        const int head = first_head + column, at_row = (row.stream*a.n_tokens + row.token)*a.n_head + head_kv*heads + head;
-        const bool mine = head >= 0 && head < heads;
-        const float2 total = mine ? total_of(job, at_row, norms_of(job, at_row)) : make_float2(0.0f, 0.0f);
-        totals[column] = make_float2(total.x, total.y*float(job.select_lists)/float(a.n_head));
-    }
-    __syncthreads();
-    const float2 total = totals[threadIdx.x%8];
-#pragma unroll
-    for (int i = 0; i < 2*QUADS; ++i) { // no sum: another token's head, or one that sees nothing
-        factors[threadIdx.x/8 + i*(N_THREADS/8)][threadIdx.x%8] = total.y > 0.0f ? exp2f(peak[i] - total.x)*total.y : 0.0f;
+    for (int tile = threadIdx.x/8; tile < QUADS*N_THREADS/4; tile += N_THREADS/8) {
+        const float peak = peaks[min(first_tile + tile, n_tile - 1)*8 + column];
+        factors[tile][column] = mine ? exp2f(peak - total.x)*share : 0.0f;
     }
 }
 
@@ -176,7 +153,6 @@ static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, co
     for (int head_kv = row.list*kv_per_list; head_kv < (row.list + 1)*kv_per_list; ++head_kv) {
         for (int group = column0/8; group <= (column0 + heads - 1)/8; ++group) {
             const size_t at = (size_t(row.stream)*a.n_head_kv + head_kv)*job.plan.n_group + group;
-            __shared__ float2 totals[8];
             const uint4 * weights = (const uint4 *) ((const uint32_t *) (job.scratch + job.layout.weights) + at*a.n_kv*N_WORD);
             uint4 raw[QUADS][N_WORD];
 #pragma unroll
@@ -184,11 +160,11 @@ static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, co
                 const int known = min(first_quad + i*N_THREADS, a.n_kv/4 - 1);
 #pragma unroll
                 for (int word = 0; word < N_WORD; ++word) {
-                    raw[i][word] = __ldcg(weights + size_t(known)*N_WORD + word); // under way while factors are computed
+                    raw[i][word] = weights[size_t(known)*N_WORD + word]; // under way while factors are computed
                 }
             }
             __syncthreads();
-            pool_factors<N_THREADS, QUADS>(job, row, at, group, head_kv, int(blockIdx.x)*(QUADS*N_THREADS/4), totals, factors);
+            pool_factors<N_THREADS, QUADS>(job, row, at, group, head_kv, int(blockIdx.x)*(QUADS*N_THREADS/4), factors);
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < QUADS; ++i) {
@@ -231,9 +207,7 @@ static __global__ void __launch_bounds__(N_THREADS, 1024/N_THREADS) pool_kernel(
     for (int i = threadIdx.x; i < CELLS/32; i += N_THREADS) {
         marks[i] = 0;
     }
-    if (job.plan.scores_only) { // no reduce comes between
-        hylra_await();
-    }
+    hylra_await();
     hylra_release();
     const hylra_attn & a = job.attn;
     const int column = blockIdx.y/job.select_lists; // token of the batch
@@ -255,9 +229,6 @@ static __global__ void __launch_bounds__(N_THREADS, 1024/N_THREADS) pool_kernel(
         }
         mark = i + N_THREADS < n_forced ? forced[size_t(column)*n_forced + i + N_THREADS] : -1;
     }
-    // Reduce, of which nothing is used here, runs beside this kernel: its blocks have waited for attend before this one could start (3 us of 88 for
-    // QwQ-32B at 61440 cells). Who comes next waits for this kernel alone, so it may not end before reduce.
-    hylra_await();
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) {
