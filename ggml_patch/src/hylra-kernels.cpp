@@ -3,6 +3,7 @@
 // The plain statement of what each kernel computes is its twin in hylra-ref.cpp.
 #include "hylra-attn.h"
 #include "hylra-mask.h"
+#include "hylra-pool.h"
 #include "hylra-tile.h"
 #include "hylra-topk.h"
 
@@ -123,7 +124,7 @@ struct worker {
                 scale_row(acc[h], n_v, factor);
             }
             if (job.weights) {
-                memcpy(hylra_weights(job, stream, token, head + h) + b.first, s[h], sizeof(float)*b.n);
+                memcpy(hylra_weights(job, stream, token, head + h, b.first/TILE), s[h], sizeof(s[h]));
                 hylra_peaks(job, stream, token, head + h)[b.first/TILE] = acc[h][n_v];
             }
         }
@@ -169,8 +170,8 @@ struct worker {
 
     void hide_weights(const block & b, int token) {
         for (int head = 0; job.weights && head < a.n_head; ++head) {
-            float * w = hylra_weights(job, stream, token, head) + b.first;
-            std::fill(w, w + b.n, 0.0f);
+            float * w = hylra_weights(job, stream, token, head, b.first/TILE);
+            std::fill(w, w + TILE, 0.0f);
             hylra_peaks(job, stream, token, head)[b.first/TILE] = -INFINITY;
         }
     }
@@ -280,33 +281,6 @@ void attend(const hylra_job & job, int task) {
     }
 }
 
-// What a head's chunks weigh in its softmax: out[chunk] = exp(max of the chunk - max of all); see hylra_normaliser, its twin.
-// out: [MAX_CHUNKS]
-hylra_norm chunk_weights(const hylra_job & job, int stream, int token, int head, float * out) {
-    alignas(64) float sum[MAX_CHUNKS] = {};
-    const int n_v = hylra_padded(job.attn.n_embd_v);
-    const float * sinks = (const float *) job.attn.sinks;
-    float max = sinks ? sinks[head] : -INFINITY;
-    std::fill(out, out + MAX_CHUNKS, -INFINITY);
-    for (int chunk = 0; chunk < job.n_chunk; ++chunk) {
-        const float * state = hylra_partial(job, chunk, stream, token, head) + n_v;
-        out[chunk] = state[0];
-        sum[chunk] = state[1];
-        max = std::max(max, state[0]);
-    }
-    if (max == -INFINITY) { // a row without visible cells gives zeros, as in llama.cpp
-        std::fill(out, out + MAX_CHUNKS, 0.0f);
-        return { 0.0f, 0.0f };
-    }
-    vf total = vf{};
-    for (int i = 0; i < MAX_CHUNKS; i += LANES) {
-        const vf w = vexp(load(out + i) - max);
-        store(out + i, w);
-        total += w*load(sum + i);
-    }
-    return { max, 1.0f/(hsum(total) + (sinks ? expf(sinks[head] - max) : 0.0f)) };
-}
-
 void reduce(const hylra_job & job, int stream, int token, int head, float * out) {
     const int n = job.attn.n_embd_v;
     const int n_v = hylra_padded(n);
@@ -322,53 +296,6 @@ void reduce(const hylra_job & job, int stream, int token, int head, float * out)
         }
     }
     memcpy(out, sum, sizeof(float)*n);
-}
-
-// What LANES tiles' weights are to be multiplied with; one exp for all of them.
-void tile_factors(const float * peaks, int n, hylra_norm norm, int n_head, float * out) {
-    alignas(64) float peak[LANES];
-    for (int i = 0; i < LANES; ++i) {
-        peak[i] = i < n ? peaks[i] : -INFINITY;
-    }
-    store(out, vexp(load(peak) - norm.max)*(norm.inv_sum/n_head));
-}
-
-void add_scaled(const float * x, int n, float factor, float * out) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        store(out + i, load(out + i) + factor*load(x + i));
-    }
-    for (; i < n; ++i) {
-        out[i] += factor*x[i];
-    }
-}
-
-// scores += the mass of one head: its weights per cell, brought from the peaks of their tiles to one normaliser
-void pool_head(const hylra_job & job, int stream, int token, int head, int n_head, int cell_begin, int cell_end, float * scores) {
-    alignas(64) float unused[MAX_CHUNKS];
-    const hylra_norm norm = chunk_weights(job, stream, token, head, unused);
-    const float * weights = hylra_weights(job, stream, token, head);
-    const float * peaks   = hylra_peaks(job, stream, token, head);
-    alignas(64) float factor[LANES];
-    for (int cell = cell_begin; cell < cell_end; cell += TILE) {
-        const int tile = cell/TILE, i = (cell - cell_begin)/TILE%LANES;
-        if (i == 0) {
-            tile_factors(peaks + tile, hylra_n_tile(cell_end) - tile, norm, n_head, factor);
-        }
-        add_scaled(weights + cell, std::min(TILE, cell_end - cell), factor[i], scores + cell);
-    }
-}
-
-void pool(const hylra_job & job, int stream, int token, int list, int lists, int cell_begin, int cell_end, float * scores) {
-    const int n_head = job.attn.n_head/lists;
-    std::fill(scores + cell_begin, scores + cell_end, 0.0f);
-    for (int head = list*n_head; head < (list + 1)*n_head; ++head) {
-        pool_head(job, stream, token, head, n_head, cell_begin, cell_end, scores);
-    }
-    const ggml_fp16_t * mask = hylra_mask_row(job.attn, stream, token);
-    for (int cell = cell_begin; mask && cell < cell_end; ++cell) {
-        scores[cell] = mask[cell] == HYLRA_MASK_HIDDEN ? HYLRA_SCORE_HIDDEN : scores[cell];
-    }
 }
 
 int choose(const float * scores, int n_kv, int top_k, int block_size, int32_t * out) {

@@ -14,9 +14,8 @@
 
 namespace {
 
-constexpr int TILE       = HYLRA_TILE_CELLS;
-constexpr int MAX_CHUNKS = HYLRA_MAX_CHUNKS;
-constexpr int MAX_HEADS  = 4; // query heads per pass: 16 sums and their inputs fit 32 registers
+constexpr int TILE      = HYLRA_TILE_CELLS;
+constexpr int MAX_HEADS = 4; // query heads per pass: 16 sums and their inputs fit 32 registers
 
 // One tile of up to TILE cells of one stream.
 struct block {
