@@ -39,13 +39,14 @@ struct hylra_job {
     bool scores_only; // V stays unread, partials hold the softmax state alone
 
     float * partials; // [hylra_partial_floats, n_head, n_tokens, n_stream, n_chunk]
-    // for a select layer, else nullptr: exp(logit - peak of its tile), so that pooling needs no second exp per cell and head
+    // for a select layer, else nullptr: exp(logit - peak, the reference of its tile), so that pooling needs no second exp per cell and head
     // The heads of a group lie together, so that pooling reads a tile of all of them in one go.
     float * weights;  // [HYLRA_TILE_CELLS, n_head/n_head_kv, hylra_n_tile(n_kv), n_head_kv, n_tokens, n_stream]
     float * peaks;    // [hylra_n_tile(n_kv), n_head, n_tokens, n_stream]
 };
 
-// The partial of one (chunk, token, head): the unnormalised output, then the largest logit and the sum of exp(logit - largest).
+// The partial of one (chunk, token, head): the unnormalised output, then a reference near the largest logit and the sum of
+// exp(logit - reference).
 inline int hylra_padded(int n) { return (n + HYLRA_LANES_MAX - 1) / HYLRA_LANES_MAX * HYLRA_LANES_MAX; }
 inline int hylra_partial_floats(int n_embd_v) { return hylra_padded(n_embd_v) + HYLRA_LANES_MAX; }
 

@@ -30,14 +30,17 @@ void finish_logits(const hylra_attn & a, float slope, const float * bias, float 
     }
 }
 
-// Online softmax: raises the running maximum in `state` (max, sum) and turns s into weights exp(s - max).
-// Returns the factor for what has been accumulated so far.
+// Online softmax: keeps the reference in `state` (reference, sum) near the running maximum and turns s into weights exp(s - reference).
+// Returns the factor for what has been accumulated so far. Only a maximum that is larger by SLACK raises the reference: a branch that waits
+// for the dot products and cannot be foreseen else costs as much as the weights. Weights are at most exp(SLACK), which F32 holds as well as 1.
+constexpr float SLACK = 8.0f;
+
 float softmax_step(float * s, float * state) {
     vf max_v = load(s);
     for (int i = LANES; i < TILE; i += LANES) {
         max_v = vmax(max_v, load(s + i));
     }
-    const float max = std::max(state[0], hmax(max_v));
+    const float found = hmax(max_v), max = found > state[0] + SLACK ? found : state[0];
     const float factor = state[0] == max ? 1.0f : expf(state[0] - max);
     vf sum = vf{};
     for (int i = 0; i < TILE; i += LANES) {
@@ -124,7 +127,11 @@ struct worker {
                 scale_row(acc[h], n_v, factor);
             }
             if (job.weights) {
-                memcpy(hylra_weights(job, stream, token, head + h, b.first/TILE), s[h], sizeof(s[h]));
+                float * w = hylra_weights(job, stream, token, head + h, b.first/TILE);
+                memcpy(w, s[h], sizeof(s[h]));
+                for (int i = 0; i < TILE; i += 16) { // where the next tile's go: a store that misses holds up those behind it
+                    __builtin_prefetch(w + group*TILE + i, 1);
+                }
                 hylra_peaks(job, stream, token, head + h)[b.first/TILE] = acc[h][n_v];
             }
         }
@@ -146,9 +153,13 @@ struct worker {
     bool read_bias(const block & b, int token, float * bias) const {
         const ggml_fp16_t * row = hylra_mask_row(a, stream, token);
         alignas(64) ggml_fp16_t mask[TILE];
-        std::fill(mask, mask + TILE, HYLRA_MASK_HIDDEN);
-        for (int i = 0; i < b.n; ++i) {
-            mask[i] = row ? row[b.cell(i)] : ggml_fp16_t(0);
+        if (row && !b.list && b.n == TILE) {
+            memcpy(mask, row + b.first, sizeof(mask));
+        } else {
+            std::fill(mask, mask + TILE, HYLRA_MASK_HIDDEN);
+            for (int i = 0; i < b.n; ++i) {
+                mask[i] = row ? row[b.cell(i)] : ggml_fp16_t(0);
+            }
         }
         int n_hidden = 0;
         for (int i = 0; i < TILE; ++i) {
@@ -184,7 +195,7 @@ struct worker {
                 continue; // copied rows are read when they are needed
             }
             for (int head_kv = 0; head_kv < (job.cells && job.attn.lists > 1 ? 1 : a.n_head_kv); ++head_kv) {
-                side->rows(first, 0, head_kv).fetch_next_all();
+                side->rows(first, 0, head_kv).fetch_next_part(0, 1);
             }
         }
     }
