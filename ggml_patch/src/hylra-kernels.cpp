@@ -31,27 +31,41 @@ void finish_logits(const hylra_attn & a, float slope, const float * bias, float 
 }
 
 // Online softmax: keeps the reference in `state` (reference, sum) near the running maximum and turns s into weights exp(s - reference).
-// Returns the factor for what has been accumulated so far. Only a maximum that is larger by SLACK raises the reference: a branch that waits
-// for the dot products and cannot be foreseen else costs as much as the weights. Weights are at most exp(SLACK), which F32 holds as well as 1.
+// factor: for what has been accumulated so far. Only a maximum that is larger by SLACK raises the reference: a branch that waits for the dot
+// products and cannot be foreseen else costs as much as the weights. They are at most exp(SLACK), which F32 holds as well as 1.
 constexpr float SLACK = 8.0f;
 
-float softmax_step(float * s, float * state) {
-    vf max_v = load(s);
-    for (int i = LANES; i < TILE; i += LANES) {
-        max_v = vmax(max_v, load(s + i));
+// all heads of a pass step by step: of each, the chain of dependent instructions is long
+template<int HEADS>
+void softmax_step(float (*s)[TILE], float * const * state, float * factor) {
+    float max[HEADS];
+    for (int h = 0; h < HEADS; ++h) {
+        vf found = load(s[h]);
+        for (int i = LANES; i < TILE; i += LANES) {
+            found = vmax(found, load(s[h] + i));
+        }
+        max[h] = hmax(found);
     }
-    const float found = hmax(max_v), max = found > state[0] + SLACK ? found : state[0];
-    const float factor = state[0] == max ? 1.0f : expf(state[0] - max);
-    vf sum = vf{};
-    for (int i = 0; i < TILE; i += LANES) {
-        const vf p = vexp(load(s + i) - max);
-        store(s + i, p);
-        sum += p;
+    for (int h = 0; h < HEADS; ++h) {
+        factor[h] = 1.0f;
+        if (max[h] > state[h][0] + SLACK) {
+            factor[h] = expf(state[h][0] - max[h]);
+            state[h][0] = max[h];
+        }
     }
-    state[0] = max;
-    state[1] = state[1]*factor + hsum(sum);
-    return factor;
+    for (int h = 0; h < HEADS; ++h) {
+        vf sum = vf{};
+        for (int i = 0; i < TILE; i += LANES) {
+            const vf p = vexp(load(s[h] + i) - state[h][0]);
+            store(s[h] + i, p);
+            sum += p;
+        }
+        state[h][1] = state[h][1]*factor[h] + hsum(sum);
+    }
 }
+
+typedef void (*softmax_t)(float (*s)[TILE], float * const * state, float * factor);
+constexpr softmax_t SOFTMAX[MAX_HEADS] = { softmax_step<1>, softmax_step<2>, softmax_step<3>, softmax_step<4> };
 
 void scale_row(float * row, int n, float factor) {
     for (int i = 0; i < n; i += LANES) {
@@ -110,29 +124,36 @@ struct worker {
         return room;
     }
 
+    void write_weights(const float * s, float peak, int token, int head, int tile) const {
+        float * w = hylra_weights(job, stream, token, head, tile);
+        memcpy(w, s, sizeof(float)*TILE);
+        hylra_peaks(job, stream, token, head)[tile] = peak;
+        for (int i = 0; i < TILE; i += 16) { // where the next tile's go: a store that misses holds up those behind it
+            __builtin_prefetch(w + group*TILE + i, 1, 2);
+        }
+    }
+
     // n query heads of one group against a tile; bias: [TILE]
     void attend_heads(const block & b, const tile_rows & k_rows, const tile_rows & v_rows, int token, int head, int n, const float * bias) {
         alignas(64) float s[MAX_HEADS][TILE];
         const float * q[MAX_HEADS];
-        float * acc[MAX_HEADS];
+        float * acc[MAX_HEADS], * state[MAX_HEADS], factor[MAX_HEADS];
         for (int h = 0; h < n; ++h) {
-            q[h]   = query(token, head + h, q_room + h*HYLRA_MAX_EMBD);
-            acc[h] = hylra_partial(job, chunk, stream, token, head + h);
+            q[h]     = query(token, head + h, q_room + h*HYLRA_MAX_EMBD);
+            acc[h]   = hylra_partial(job, chunk, stream, token, head + h);
+            state[h] = acc[h] + n_v;
         }
         k.kernels->dot[n - 1](q, k_rows, k.n_step, s);
         for (int h = 0; h < n; ++h) {
             finish_logits(a, hylra_slope(a, head + h), bias, s[h]);
-            const float factor = softmax_step(s[h], acc[h] + n_v);
-            if (factor != 1.0f && !job.scores_only) {
-                scale_row(acc[h], n_v, factor);
+        }
+        SOFTMAX[n - 1](s, state, factor);
+        for (int h = 0; h < n; ++h) {
+            if (factor[h] != 1.0f && !job.scores_only) {
+                scale_row(acc[h], n_v, factor[h]);
             }
             if (job.weights) {
-                float * w = hylra_weights(job, stream, token, head + h, b.first/TILE);
-                memcpy(w, s[h], sizeof(s[h]));
-                for (int i = 0; i < TILE; i += 16) { // where the next tile's go: a store that misses holds up those behind it
-                    __builtin_prefetch(w + group*TILE + i, 1);
-                }
-                hylra_peaks(job, stream, token, head + h)[b.first/TILE] = acc[h][n_v];
+                write_weights(s[h], state[h][0], token, head + h, b.first/TILE);
             }
         }
         if (!job.scores_only) {
@@ -195,7 +216,7 @@ struct worker {
                 continue; // copied rows are read when they are needed
             }
             for (int head_kv = 0; head_kv < (job.cells && job.attn.lists > 1 ? 1 : a.n_head_kv); ++head_kv) {
-                side->rows(first, 0, head_kv).fetch_next_part(0, 1);
+                side->rows(first, 0, head_kv).fetch_next_all();
             }
         }
     }

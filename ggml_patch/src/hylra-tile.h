@@ -46,10 +46,24 @@ struct tile_rows {
         }
     }
 
-    // a part of the rows: a burst of all of them stalls
-    __attribute__((always_inline)) void fetch_next_part(int part, int n_part) const {
-        for (int i = TILE*part/n_part; i < TILE*(part + 1)/n_part; ++i) {
+    __attribute__((always_inline)) void fetch_next_all() const {
+        for (int i = 0; i < TILE; ++i) {
             fetch_next(i);
+        }
+    }
+};
+
+// Fetches the rows of the next tile in n_step steps: a processor has few places for what is on its way, and a burst stalls.
+struct steady_fetch {
+    const tile_rows & rows;
+    const int step; // rows, in 1/256
+    int due = 0, row = 0;
+
+    steady_fetch(const tile_rows & rows, int n_step) : rows(rows), step((TILE*256 + n_step - 1)/n_step) {}
+
+    __attribute__((always_inline)) void operator()() {
+        for (due += step; row < TILE && row < due/256; ++row) {
+            rows.fetch_next(row);
         }
     }
 };
@@ -108,7 +122,8 @@ void dot_tile_bytes(const float * const * q, const tile_rows & k, int n_step, fl
     }
     static_assert(TILE == BYTES_ROWS, "");
     const int n_block = n_step*LANES/BLOCK;
-    dot_bytes<BYTES_OF, HEADS>(q, row, n_block, s, [&](int b) __attribute__((always_inline)) { k.fetch_next_part(b, n_block); });
+    steady_fetch fetch(k, n_block*HEADS);
+    dot_bytes<BYTES_OF, HEADS>(q, row, n_block, s, fetch);
 }
 
 template<class BYTES_OF>
@@ -182,8 +197,8 @@ void accumulate_tile_bytes(const float (*p)[TILE], const tile_rows & v, int n_ce
         largest[block] = scales.largest;
         write_weights(weights, scales, digit[block]);
     }
+    steady_fetch fetch(v, n_block*(TILE/4));
     for (int block = 0; block < n_block; ++block) {
-        v.fetch_next_part(block, n_block);
         if (std::signbit(largest[block])) {
             accumulate_strip<reader_q8_0, HEADS, STEPS>(p, v, n_cells, block*STEPS, acc);
             continue;
@@ -192,7 +207,7 @@ void accumulate_tile_bytes(const float (*p)[TILE], const tile_rows & v, int n_ce
         for (int h = 0; h < HEADS; ++h) {
             unit[h] = weights.unit[h]*largest[block];
         }
-        sum_bytes<HEADS>(digit[block], row, block*BYTES + 2, unit, block*BLOCK, acc);
+        sum_bytes<HEADS>(digit[block], row, block*BYTES + 2, unit, block*BLOCK, acc, fetch);
     }
 }
 #endif

@@ -97,9 +97,10 @@ inline void add_products(__m512i & sum, __m512i without_sign, __m512i with_sign)
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(without_sign), "v"(with_sign));
 }
 
-// acc[h][at..] += the weighted sum of a block of SUM_ROWS rows; unit: [HEADS]
-template<int HEADS>
-inline void sum_bytes(const int32_t (*digit)[SUM_ROWS/4][4], const char * const * row, int byte, const float * unit, int at, float * const * acc) {
+// acc[h][at..] += the weighted sum of a block of SUM_ROWS rows; unit: [HEADS], fetch: called for every 4 rows
+template<int HEADS, class FETCH>
+inline void sum_bytes(const int32_t (*digit)[SUM_ROWS/4][4], const char * const * row, int byte, const float * unit, int at,
+                      float * const * acc, FETCH & fetch) {
     __m512i sum[HEADS][SUM_DIGITS][2];
     for (int h = 0; h < HEADS; ++h) {
         for (int d = 0; d < SUM_DIGITS; ++d) {
@@ -109,6 +110,7 @@ inline void sum_bytes(const int32_t (*digit)[SUM_ROWS/4][4], const char * const 
     for (int i = 0; i < SUM_ROWS/4; ++i) {
         __m512i v[2];
         turn_rows(row + 4*i, byte, v);
+        fetch();
         for (int h = 0; h < HEADS; ++h) {
             for (int d = 0; d < SUM_DIGITS; ++d) {
                 const __m512i weight = _mm512_set1_epi32(digit[h][i][d]);

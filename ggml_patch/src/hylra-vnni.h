@@ -154,13 +154,13 @@ struct fixed_sum {
 
 constexpr int BYTES_ROWS = 2*LANES; // two vectors of rows to each load of a digit: with one, loads were as scarce as multipliers
 
-// s[h][i] = q[h] . row[i] for HEADS queries that pack_query has made and BYTES_ROWS rows of n_block blocks. fetch(b): called at each block
+// s[h][i] = q[h] . row[i] for HEADS queries that pack_query has made and BYTES_ROWS rows of n_block blocks. fetch: called for each
+// head and block
 template<class BYTES_OF, int HEADS, class FETCH>
-void dot_bytes(const float * const * q, const char * const * row, int n_block, float (*s)[BYTES_ROWS], FETCH fetch) {
+void dot_bytes(const float * const * q, const char * const * row, int n_block, float (*s)[BYTES_ROWS], FETCH & fetch) {
     vf low[HEADS] = {}, high[HEADS] = {}; // sums of the first and the last LANES rows
     for (int b = 0; b < n_block; ++b) {
         const int byte = b*BYTES_OF::BYTES;
-        fetch(b);
         __m512i k_low[QUADS], k_high[QUADS];
         BYTES_OF::read(row, byte + 2, k_low);
         BYTES_OF::read(row + LANES, byte + 2, k_high);
@@ -168,6 +168,7 @@ void dot_bytes(const float * const * q, const char * const * row, int n_block, f
         for (int h = 0; h < HEADS; ++h) {
             const query_block & to = ((const query_block *) q[h])[b];
             fixed_sum sum_low(to), sum_high(to);
+            fetch();
             for (int i = 0; i < QUADS; ++i) {
                 for (int d = 0; d < DIGITS; ++d) {
                     const __m512i digit = _mm512_set1_epi32(to.digit[d][i]);
