@@ -3,6 +3,7 @@
 // V stays in bytes: vpdpbusd multiplies 64 of them, of 4 cells, with bytes of their weights, where a multiplication of F32 takes 16 numbers and
 // each has to be converted first. The weight of a cell and the scale of its block are one number, in three bytes without a sign; its unit is
 // as small as 32 bits allow for the sum of a tile, which is exact. That is 24 bits of what a tile weighs in all, as many as F32 has.
+// Two bytes would save 7 % of a layer, and lose 1e-5 to 9e-5 where three lose below 1e-6 of ordinary rows.
 #pragma once
 
 #include "hylra-vnni.h"
