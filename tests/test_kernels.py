@@ -234,6 +234,50 @@ def test_what_a_kernel_loses_is_far_below_the_rounding_of_k(outlier, kind, isa):
     assert lost < 1e-5 and 500 * lost < rounding < 0.5
 
 
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("kind", [T.Q8_0, T.Q4_0])
+@pytest.mark.parametrize("outlier", [1, 30])
+def test_what_a_kernel_loses_is_far_below_the_rounding_of_v(outlier, kind, isa):
+    """Also of tiles with one cell whose numbers are much larger than those of the others."""
+    rounded, exact = (Problem(type_k=T.F32, type_v=k, n_embd_k=128, group=4, n_kv=2000) for k in (kind, T.F32))  # of the same numbers
+    scale_v(rounded, slice(None, None, 32), outlier)
+    exact.v[:, :, ::32] *= np.float32(outlier)
+    want = rounded.expected()[0]
+    lost, rounding = (np.sqrt(np.mean((x - want) ** 2) / np.mean(want**2)) for x in (rounded.run(isa)[0], exact.expected()[0]))
+    assert lost < 5e-6 and 1000 * lost < rounding < 0.5
+
+
+def scale_v(problem, cells, factor, dims=slice(None)):
+    """Multiplies the scales of these cells and blocks of 32 dimensions, in the raw rows and in the values."""
+    blocks = problem.v_raw.reshape(problem.n_stream, problem.n_kv, problem.n_head_kv, problem.n_embd_v // 32, -1)
+    scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale[:, cells, :, dims] *= np.float16(factor)
+        blocks[..., :2] = scale.view(np.uint8)
+        values = quants.dequantize(blocks.reshape(-1, blocks.shape[-1]), problem.type_v)
+    problem.v[:] = values.reshape(problem.n_stream, problem.n_kv, problem.n_head_kv, -1).transpose(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("kind", [T.Q8_0, T.Q4_0])
+def test_scales_of_v_may_be_negative_and_those_of_hidden_cells_anything(kind, isa):
+    problem = Problem(type_k=T.F32, type_v=kind, n_embd_v=128, group=4, n_kv=300)
+    scale_v(problem, slice(5, 150, 7), -1.0, slice(1, 3))
+    hidden = np.flatnonzero(problem.mask[0, 0] == -np.inf)
+    scale_v(problem, hidden[::2], 2000.0)
+    scale_v(problem, hidden[1::2], -2000.0)
+    np.testing.assert_allclose(problem.run(isa)[0], problem.expected()[0], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("factor", [np.inf, np.nan])
+def test_a_scale_of_v_that_is_not_finite_shows_in_its_block_alone(factor, isa):
+    problem = Problem(type_k=T.F32, type_v=T.Q8_0, n_embd_v=128, group=4, n_kv=300)
+    scale_v(problem, 0, factor, 2)
+    finite = np.isfinite(problem.run(isa)[0])
+    assert finite[..., :64].all() and finite[..., 96:].all() and not finite[..., 64:96].any()
+
+
 def test_no_visible_cell_gives_zeros():
     problem = Problem(n_kv=100)
     problem.mask[:] = -np.inf

@@ -2,9 +2,10 @@
 // One sequence, one token; it measures kernels and nothing else (llama.cpp's graph and weights are `hylra-gguf bench`).
 //
 //   bench-kernels [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 32768] [--top-k 1024] [--lists 8] [--type f16|q8_0|bf16|f32|q4_0]
-//                 [--threads 2] [--repetitions 9] [--isa avx512vnni|avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|scores|reuse|read]
+//                 [--threads 2] [--repetitions 9] [--isa avx512vnni|avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|scores|reuse|rows|read]
 //
 // --cache hot: nothing is read between the arms, so that a few cells stay in the processor's cache and only arithmetic is left.
+// rows: the rows that reuse attends to are read and nothing else, which says how much of its time is the memory's.
 // --only: the arms of that name alone, so that a counter around the process sees nothing else; read is what comes before each.
 #include "hylra-attn.h"
 #include "hylra-cpu.h"
@@ -182,6 +183,21 @@ struct bench {
         }
     }
 
+    // one byte of each line of the listed rows of K and V
+    void read_rows(const cache & c, int ith, int nth) const {
+        const volatile uint8_t * sides[] = { c.k.get(), c.v.get() };
+        for (int head = 0; head < o.kv_heads; ++head) {
+            const int32_t * list = &cells[size_t(head_list[head])*o.top_k];
+            for (int i = o.top_k*ith/nth; i < o.top_k*(ith + 1)/nth; ++i) {
+                for (const volatile uint8_t * side : sides) {
+                    const volatile uint8_t * row = side + list[i]*c.row_bytes + head*c.head_bytes;
+                    for (size_t byte = 0; byte < c.head_bytes; byte += 64) { (void) row[byte]; }
+                    (void) row[c.head_bytes - 1];
+                }
+            }
+        }
+    }
+
     void choose(int ith, int nth) {
         for (int list = ith; list < o.lists; list += nth) {
             kernels.choose(&scores[size_t(list)*o.n_kv], o.n_kv, o.top_k, 1, &cells[size_t(list)*o.top_k]);
@@ -251,7 +267,7 @@ options parse(int argc, char ** argv) {
         exit(2);
     };
     one_of(o.cache, { "cold", "hot" }, "--cache");
-    one_of(o.only, { "", "full", "select", "scores", "reuse", "read" }, "--only");
+    one_of(o.only, { "", "full", "select", "scores", "reuse", "rows", "read" }, "--only");
     if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > o.n_kv || o.head_size % ggml_blck_size(o.type)) {
         fprintf(stderr, "bench-kernels: heads must be a multiple of kv-heads, lists 1 or kv-heads, top-k at most n-kv, head-size whole blocks\n");
         exit(2);
@@ -290,6 +306,7 @@ int main(int argc, char ** argv) {
         { "select_choose", 0,            [&](int i, int n) { b.choose(i, n); } },
         { "scores",        dense_bytes/2, [&](int i, int n) { b.attend(b.scoring, i, n); } },
         { "reuse",         sparse_bytes, [&](int i, int n) { b.attend(b.sparse, i, n); } },
+        { "rows",          sparse_bytes, [&](int i, int n) { b.read_rows(c, i, n); } },
         { "reuse_reduce",  0,            [&](int i, int n) { b.reduce(b.sparse, i, n); } },
     };
     team t(o.threads);

@@ -39,12 +39,14 @@ struct hylra_job {
     bool scores_only; // V stays unread, partials hold the softmax state alone
 
     float * partials; // [hylra_partial_floats, n_head, n_tokens, n_stream, n_chunk]
-    // for a select layer, else nullptr: exp(logit - peak of its tile), so that pooling needs no second exp per cell and head
-    float * weights;  // [n_kv, n_head, n_tokens, n_stream]
+    // for a select layer, else nullptr: exp(logit - peak, the reference of its tile), so that pooling needs no second exp per cell and head
+    // The heads of a group lie together, so that pooling reads a tile of all of them in one go.
+    float * weights;  // [HYLRA_TILE_CELLS, n_head/n_head_kv, hylra_n_tile(n_kv), n_head_kv, n_tokens, n_stream]
     float * peaks;    // [hylra_n_tile(n_kv), n_head, n_tokens, n_stream]
 };
 
-// The partial of one (chunk, token, head): the unnormalised output, then the largest logit and the sum of exp(logit - largest).
+// The partial of one (chunk, token, head): the unnormalised output, then a reference near the largest logit and the sum of
+// exp(logit - reference).
 inline int hylra_padded(int n) { return (n + HYLRA_LANES_MAX - 1) / HYLRA_LANES_MAX * HYLRA_LANES_MAX; }
 inline int hylra_partial_floats(int n_embd_v) { return hylra_padded(n_embd_v) + HYLRA_LANES_MAX; }
 
@@ -60,8 +62,12 @@ inline size_t hylra_row(const hylra_attn & a, int stream, int token, int head) {
 
 inline int hylra_n_tile(int n_kv) { return (n_kv + HYLRA_TILE_CELLS - 1) / HYLRA_TILE_CELLS; }
 
-inline float * hylra_weights(const hylra_job & job, int stream, int token, int head) {
-    return job.weights + hylra_row(job.attn, stream, token, head) * job.attn.n_kv;
+// [HYLRA_TILE_CELLS], those behind the last cell are 0; the next head of the group follows
+inline float * hylra_weights(const hylra_job & job, int stream, int token, int head, int tile) {
+    const hylra_attn & a = job.attn;
+    const int group = a.n_head/a.n_head_kv, n_tile = hylra_n_tile(a.n_kv);
+    const size_t row = (hylra_row(a, stream, token, head/group*group)*n_tile + size_t(tile)*group + head%group);
+    return job.weights + row*HYLRA_TILE_CELLS;
 }
 
 inline float * hylra_peaks(const hylra_job & job, int stream, int token, int head) {

@@ -152,14 +152,14 @@ hylra_job hylra_job_of(const hylra_attn & attn, const int32_t * head_list) {
 
 size_t hylra_attend_floats(const hylra_attn & a, int n_listed, bool weights) {
     const size_t rows = size_t(a.n_head)*a.n_tokens*a.n_stream;
-    return rows*hylra_partial_floats(a.n_embd_v)*chunk_count(n_listed) + (weights ? rows*(a.n_kv + hylra_n_tile(a.n_kv)) : 0);
+    return rows*hylra_partial_floats(a.n_embd_v)*chunk_count(n_listed) + (weights ? rows*hylra_n_tile(a.n_kv)*(HYLRA_TILE_CELLS + 1) : 0);
 }
 
 void hylra_place(hylra_job & job, float * scratch, bool weights) {
     const hylra_attn & a = job.attn;
     job.partials = scratch;
     job.weights  = weights ? scratch + hylra_attend_floats(a, job.cells ? a.n_cells : a.n_kv, false) : nullptr;
-    job.peaks    = weights ? job.weights + size_t(a.n_head)*a.n_tokens*a.n_stream*a.n_kv : nullptr;
+    job.peaks    = weights ? job.weights + size_t(a.n_head)*a.n_tokens*a.n_stream*hylra_n_tile(a.n_kv)*HYLRA_TILE_CELLS : nullptr;
 }
 
 // attend: src = q, k, v, mask, then the list of cells of a reuse layer; dst = scratch

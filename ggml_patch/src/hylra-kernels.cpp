@@ -3,6 +3,7 @@
 // The plain statement of what each kernel computes is its twin in hylra-ref.cpp.
 #include "hylra-attn.h"
 #include "hylra-mask.h"
+#include "hylra-pool.h"
 #include "hylra-tile.h"
 #include "hylra-topk.h"
 
@@ -29,25 +30,42 @@ void finish_logits(const hylra_attn & a, float slope, const float * bias, float 
     }
 }
 
-// Online softmax: raises the running maximum in `state` (max, sum) and turns s into weights exp(s - max).
-// Returns the factor for what has been accumulated so far.
-float softmax_step(float * s, float * state) {
-    vf max_v = load(s);
-    for (int i = LANES; i < TILE; i += LANES) {
-        max_v = vmax(max_v, load(s + i));
+// Online softmax: keeps the reference in `state` (reference, sum) near the running maximum and turns s into weights exp(s - reference).
+// factor: for what has been accumulated so far. Only a maximum that is larger by SLACK raises the reference: a branch that waits for the dot
+// products and cannot be foreseen else costs as much as the weights. They are at most exp(SLACK), which F32 holds as well as 1.
+constexpr float SLACK = 8.0f;
+
+// all heads of a pass step by step: of each, the chain of dependent instructions is long
+template<int HEADS>
+void softmax_step(float (*s)[TILE], float * const * state, float * factor) {
+    float max[HEADS];
+    for (int h = 0; h < HEADS; ++h) {
+        vf found = load(s[h]);
+        for (int i = LANES; i < TILE; i += LANES) {
+            found = vmax(found, load(s[h] + i));
+        }
+        max[h] = hmax(found);
     }
-    const float max = std::max(state[0], hmax(max_v));
-    const float factor = state[0] == max ? 1.0f : expf(state[0] - max);
-    vf sum = vf{};
-    for (int i = 0; i < TILE; i += LANES) {
-        const vf p = vexp(load(s + i) - max);
-        store(s + i, p);
-        sum += p;
+    for (int h = 0; h < HEADS; ++h) {
+        factor[h] = 1.0f;
+        if (max[h] > state[h][0] + SLACK) {
+            factor[h] = expf(state[h][0] - max[h]);
+            state[h][0] = max[h];
+        }
     }
-    state[0] = max;
-    state[1] = state[1]*factor + hsum(sum);
-    return factor;
+    for (int h = 0; h < HEADS; ++h) {
+        vf sum = vf{};
+        for (int i = 0; i < TILE; i += LANES) {
+            const vf p = vexp(load(s[h] + i) - state[h][0]);
+            store(s[h] + i, p);
+            sum += p;
+        }
+        state[h][1] = state[h][1]*factor[h] + hsum(sum);
+    }
 }
+
+typedef void (*softmax_t)(float (*s)[TILE], float * const * state, float * factor);
+constexpr softmax_t SOFTMAX[MAX_HEADS] = { softmax_step<1>, softmax_step<2>, softmax_step<3>, softmax_step<4> };
 
 void scale_row(float * row, int n, float factor) {
     for (int i = 0; i < n; i += LANES) {
@@ -106,25 +124,36 @@ struct worker {
         return room;
     }
 
+    void write_weights(const float * s, float peak, int token, int head, int tile) const {
+        float * w = hylra_weights(job, stream, token, head, tile);
+        memcpy(w, s, sizeof(float)*TILE);
+        hylra_peaks(job, stream, token, head)[tile] = peak;
+        for (int i = 0; i < TILE; i += 16) { // where the next tile's go: a store that misses holds up those behind it
+            __builtin_prefetch(w + group*TILE + i, 1, 2);
+        }
+    }
+
     // n query heads of one group against a tile; bias: [TILE]
     void attend_heads(const block & b, const tile_rows & k_rows, const tile_rows & v_rows, int token, int head, int n, const float * bias) {
         alignas(64) float s[MAX_HEADS][TILE];
         const float * q[MAX_HEADS];
-        float * acc[MAX_HEADS];
+        float * acc[MAX_HEADS], * state[MAX_HEADS], factor[MAX_HEADS];
         for (int h = 0; h < n; ++h) {
-            q[h]   = query(token, head + h, q_room + h*HYLRA_MAX_EMBD);
-            acc[h] = hylra_partial(job, chunk, stream, token, head + h);
+            q[h]     = query(token, head + h, q_room + h*HYLRA_MAX_EMBD);
+            acc[h]   = hylra_partial(job, chunk, stream, token, head + h);
+            state[h] = acc[h] + n_v;
         }
         k.kernels->dot[n - 1](q, k_rows, k.n_step, s);
         for (int h = 0; h < n; ++h) {
             finish_logits(a, hylra_slope(a, head + h), bias, s[h]);
-            const float factor = softmax_step(s[h], acc[h] + n_v);
-            if (factor != 1.0f && !job.scores_only) {
-                scale_row(acc[h], n_v, factor);
+        }
+        SOFTMAX[n - 1](s, state, factor);
+        for (int h = 0; h < n; ++h) {
+            if (factor[h] != 1.0f && !job.scores_only) {
+                scale_row(acc[h], n_v, factor[h]);
             }
             if (job.weights) {
-                memcpy(hylra_weights(job, stream, token, head + h) + b.first, s[h], sizeof(float)*b.n);
-                hylra_peaks(job, stream, token, head + h)[b.first/TILE] = acc[h][n_v];
+                write_weights(s[h], state[h][0], token, head + h, b.first/TILE);
             }
         }
         if (!job.scores_only) {
@@ -145,9 +174,13 @@ struct worker {
     bool read_bias(const block & b, int token, float * bias) const {
         const ggml_fp16_t * row = hylra_mask_row(a, stream, token);
         alignas(64) ggml_fp16_t mask[TILE];
-        std::fill(mask, mask + TILE, HYLRA_MASK_HIDDEN);
-        for (int i = 0; i < b.n; ++i) {
-            mask[i] = row ? row[b.cell(i)] : ggml_fp16_t(0);
+        if (row && !b.list && b.n == TILE) {
+            memcpy(mask, row + b.first, sizeof(mask));
+        } else {
+            std::fill(mask, mask + TILE, HYLRA_MASK_HIDDEN);
+            for (int i = 0; i < b.n; ++i) {
+                mask[i] = row ? row[b.cell(i)] : ggml_fp16_t(0);
+            }
         }
         int n_hidden = 0;
         for (int i = 0; i < TILE; ++i) {
@@ -169,8 +202,8 @@ struct worker {
 
     void hide_weights(const block & b, int token) {
         for (int head = 0; job.weights && head < a.n_head; ++head) {
-            float * w = hylra_weights(job, stream, token, head) + b.first;
-            std::fill(w, w + b.n, 0.0f);
+            float * w = hylra_weights(job, stream, token, head, b.first/TILE);
+            std::fill(w, w + TILE, 0.0f);
             hylra_peaks(job, stream, token, head)[b.first/TILE] = -INFINITY;
         }
     }
@@ -280,33 +313,6 @@ void attend(const hylra_job & job, int task) {
     }
 }
 
-// What a head's chunks weigh in its softmax: out[chunk] = exp(max of the chunk - max of all); see hylra_normaliser, its twin.
-// out: [MAX_CHUNKS]
-hylra_norm chunk_weights(const hylra_job & job, int stream, int token, int head, float * out) {
-    alignas(64) float sum[MAX_CHUNKS] = {};
-    const int n_v = hylra_padded(job.attn.n_embd_v);
-    const float * sinks = (const float *) job.attn.sinks;
-    float max = sinks ? sinks[head] : -INFINITY;
-    std::fill(out, out + MAX_CHUNKS, -INFINITY);
-    for (int chunk = 0; chunk < job.n_chunk; ++chunk) {
-        const float * state = hylra_partial(job, chunk, stream, token, head) + n_v;
-        out[chunk] = state[0];
-        sum[chunk] = state[1];
-        max = std::max(max, state[0]);
-    }
-    if (max == -INFINITY) { // a row without visible cells gives zeros, as in llama.cpp
-        std::fill(out, out + MAX_CHUNKS, 0.0f);
-        return { 0.0f, 0.0f };
-    }
-    vf total = vf{};
-    for (int i = 0; i < MAX_CHUNKS; i += LANES) {
-        const vf w = vexp(load(out + i) - max);
-        store(out + i, w);
-        total += w*load(sum + i);
-    }
-    return { max, 1.0f/(hsum(total) + (sinks ? expf(sinks[head] - max) : 0.0f)) };
-}
-
 void reduce(const hylra_job & job, int stream, int token, int head, float * out) {
     const int n = job.attn.n_embd_v;
     const int n_v = hylra_padded(n);
@@ -322,53 +328,6 @@ void reduce(const hylra_job & job, int stream, int token, int head, float * out)
         }
     }
     memcpy(out, sum, sizeof(float)*n);
-}
-
-// What LANES tiles' weights are to be multiplied with; one exp for all of them.
-void tile_factors(const float * peaks, int n, hylra_norm norm, int n_head, float * out) {
-    alignas(64) float peak[LANES];
-    for (int i = 0; i < LANES; ++i) {
-        peak[i] = i < n ? peaks[i] : -INFINITY;
-    }
-    store(out, vexp(load(peak) - norm.max)*(norm.inv_sum/n_head));
-}
-
-void add_scaled(const float * x, int n, float factor, float * out) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        store(out + i, load(out + i) + factor*load(x + i));
-    }
-    for (; i < n; ++i) {
-        out[i] += factor*x[i];
-    }
-}
-
-// scores += the mass of one head: its weights per cell, brought from the peaks of their tiles to one normaliser
-void pool_head(const hylra_job & job, int stream, int token, int head, int n_head, int cell_begin, int cell_end, float * scores) {
-    alignas(64) float unused[MAX_CHUNKS];
-    const hylra_norm norm = chunk_weights(job, stream, token, head, unused);
-    const float * weights = hylra_weights(job, stream, token, head);
-    const float * peaks   = hylra_peaks(job, stream, token, head);
-    alignas(64) float factor[LANES];
-    for (int cell = cell_begin; cell < cell_end; cell += TILE) {
-        const int tile = cell/TILE, i = (cell - cell_begin)/TILE%LANES;
-        if (i == 0) {
-            tile_factors(peaks + tile, hylra_n_tile(cell_end) - tile, norm, n_head, factor);
-        }
-        add_scaled(weights + cell, std::min(TILE, cell_end - cell), factor[i], scores + cell);
-    }
-}
-
-void pool(const hylra_job & job, int stream, int token, int list, int lists, int cell_begin, int cell_end, float * scores) {
-    const int n_head = job.attn.n_head/lists;
-    std::fill(scores + cell_begin, scores + cell_end, 0.0f);
-    for (int head = list*n_head; head < (list + 1)*n_head; ++head) {
-        pool_head(job, stream, token, head, n_head, cell_begin, cell_end, scores);
-    }
-    const ggml_fp16_t * mask = hylra_mask_row(job.attn, stream, token);
-    for (int cell = cell_begin; mask && cell < cell_end; ++cell) {
-        scores[cell] = mask[cell] == HYLRA_MASK_HIDDEN ? HYLRA_SCORE_HIDDEN : scores[cell];
-    }
 }
 
 int choose(const float * scores, int n_kv, int top_k, int block_size, int32_t * out) {

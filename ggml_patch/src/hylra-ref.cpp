@@ -40,8 +40,9 @@ static double logit(const hylra_job & job, int stream, int token, int head, int 
 static void write_weights(const hylra_job & job, int stream, int token, int head, const std::vector<int32_t> & cells,
                           const std::vector<double> & s, double peak) {
     for (size_t i = 0; i < cells.size(); ++i) {
-        hylra_weights(job, stream, token, head)[cells[i]] = s[i] == -INFINITY ? 0.0f : float(exp(s[i] - peak));
-        hylra_peaks(job, stream, token, head)[cells[i]/HYLRA_TILE_CELLS] = float(peak);
+        const int tile = cells[i]/HYLRA_TILE_CELLS;
+        hylra_weights(job, stream, token, head, tile)[cells[i]%HYLRA_TILE_CELLS] = s[i] == -INFINITY ? 0.0f : float(exp(s[i] - peak));
+        hylra_peaks(job, stream, token, head)[tile] = float(peak);
     }
 }
 
@@ -135,7 +136,7 @@ static void pool_ref(const hylra_job & job, int stream, int token, int list, int
         for (int head = list*n_head; head < (list + 1)*n_head; ++head) {
             const hylra_norm norm = hylra_normaliser(job, stream, token, head);
             const double peak = hylra_peaks(job, stream, token, head)[cell/HYLRA_TILE_CELLS];
-            sum += hylra_weights(job, stream, token, head)[cell]*exp(peak - norm.max)*norm.inv_sum;
+            sum += hylra_weights(job, stream, token, head, cell/HYLRA_TILE_CELLS)[cell%HYLRA_TILE_CELLS]*exp(peak - norm.max)*norm.inv_sum;
         }
         scores[cell] = hylra_mask_at(a, stream, token, cell) == -INFINITY ? HYLRA_SCORE_HIDDEN : float(sum/n_head);
     }

@@ -29,7 +29,7 @@ constexpr int LANES = 4;
 typedef float   vf __attribute__((vector_size(LANES*sizeof(float))));
 typedef int32_t vi __attribute__((vector_size(LANES*sizeof(int32_t))));
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; } // not 0 + x, which turns -0 into 0 and so is an addition to GCC
 inline vf load(const float * p) { vf v; memcpy(&v, p, sizeof(v)); return v; }
 inline void store(float * p, vf v) { memcpy(p, &v, sizeof(v)); }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }

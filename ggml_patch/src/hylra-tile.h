@@ -6,7 +6,7 @@
 #include "hylra-attn.h"
 #include "hylra-rows.h"
 #if defined(__AVX512VNNI__)
-#    include "hylra-vnni.h"
+#    include "hylra-vnni-sum.h"
 #endif
 
 #include <algorithm>
@@ -14,9 +14,8 @@
 
 namespace {
 
-constexpr int TILE       = HYLRA_TILE_CELLS;
-constexpr int MAX_CHUNKS = HYLRA_MAX_CHUNKS;
-constexpr int MAX_HEADS  = 4; // query heads per pass: 16 sums and their inputs fit 32 registers
+constexpr int TILE      = HYLRA_TILE_CELLS;
+constexpr int MAX_HEADS = 4; // query heads per pass: 16 sums and their inputs fit 32 registers
 
 // One tile of up to TILE cells of one stream.
 struct block {
@@ -39,16 +38,32 @@ struct tile_rows {
 
     const char * at(int i) const { return base + offset[i]; }
 
-    void fetch_next(int i) const {
+    // always inline: GCC drops a call of a function that does nothing but fetch
+    __attribute__((always_inline)) void fetch_next(int i) const {
         const char * row = next_base + next_offset[i];
         for (int byte = 0; byte < row_bytes; byte += 64) {
             __builtin_prefetch(row + byte, 0, 2);
         }
     }
 
-    void fetch_next_all() const {
+    __attribute__((always_inline)) void fetch_next_all() const {
         for (int i = 0; i < TILE; ++i) {
             fetch_next(i);
+        }
+    }
+};
+
+// Fetches the rows of the next tile in n_step steps: a processor has few places for what is on its way, and a burst stalls.
+struct steady_fetch {
+    const tile_rows & rows;
+    const int step; // rows, in 1/256
+    int due = 0, row = 0;
+
+    steady_fetch(const tile_rows & rows, int n_step) : rows(rows), step((TILE*256 + n_step - 1)/n_step) {}
+
+    __attribute__((always_inline)) void operator()() {
+        for (due += step; row < TILE && row < due/256; ++row) {
+            rows.fetch_next(row);
         }
     }
 };
@@ -104,10 +119,11 @@ void dot_tile_bytes(const float * const * q, const tile_rows & k, int n_step, fl
     const char * row[TILE];
     for (int i = 0; i < TILE; ++i) {
         row[i] = k.at(i);
-        k.fetch_next(i);
     }
     static_assert(TILE == BYTES_ROWS, "");
-    dot_bytes<BYTES_OF, HEADS>(q, row, n_step*LANES/BLOCK, s);
+    const int n_block = n_step*LANES/BLOCK;
+    steady_fetch fetch(k, n_block*HEADS);
+    dot_bytes<BYTES_OF, HEADS>(q, row, n_block, s, fetch);
 }
 
 template<class BYTES_OF>
@@ -162,6 +178,40 @@ void accumulate_tile(const float (*p)[TILE], const tile_rows & v, int n_cells, i
     }
 }
 
+#if defined(__AVX512VNNI__)
+// the same for V in bytes. Weights are bytes without a sign; ggml writes no negative scale, and a block that has one is summed in F32.
+template<int HEADS>
+void accumulate_tile_bytes(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc) {
+    static_assert(TILE == SUM_ROWS, "");
+    constexpr int STEPS = BLOCK/LANES, BYTES = bytes_q8_0::BYTES;
+    const char * row[TILE];
+    for (int i = 0; i < TILE; ++i) {
+        row[i] = v.at(i);
+    }
+    const int n_block = n_step/STEPS;
+    const tile_weights<HEADS> weights(p);
+    alignas(64) int32_t digit[SUM_BLOCKS][HEADS][TILE/4][4];
+    float largest[SUM_BLOCKS];
+    for (int block = 0; block < n_block; ++block) { // all before the first sum, which would have to wait for its own
+        const block_scales scales = read_scales(row, block*BYTES, weights.counts);
+        largest[block] = scales.largest;
+        write_weights(weights, scales, digit[block]);
+    }
+    steady_fetch fetch(v, n_block*(TILE/4));
+    for (int block = 0; block < n_block; ++block) {
+        if (std::signbit(largest[block])) {
+            accumulate_strip<reader_q8_0, HEADS, STEPS>(p, v, n_cells, block*STEPS, acc);
+            continue;
+        }
+        float unit[HEADS];
+        for (int h = 0; h < HEADS; ++h) {
+            unit[h] = weights.unit[h]*largest[block];
+        }
+        sum_bytes<HEADS>(digit[block], row, block*BYTES + 2, unit, block*BLOCK, acc, fetch);
+    }
+}
+#endif
+
 typedef void (*dot_t)(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]);
 typedef void (*accumulate_t)(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc);
 
@@ -181,10 +231,13 @@ constexpr type_kernels kernels_of = { nullptr,
 };
 
 #if defined(__AVX512VNNI__)
-template<class READER, class BYTES_OF>
-constexpr type_kernels kernels_of_bytes = { pack_bytes<BYTES_OF>,
-    { dot_tile_bytes<BYTES_OF, 1>, dot_tile_bytes<BYTES_OF, 2>, dot_tile_bytes<BYTES_OF, 3>, dot_tile_bytes<BYTES_OF, 4> },
-    { accumulate_tile<READER, 1>, accumulate_tile<READER, 2>, accumulate_tile<READER, 3>, accumulate_tile<READER, 4> },
+constexpr type_kernels kernels_of_q8_0 = { pack_bytes<bytes_q8_0>,
+    { dot_tile_bytes<bytes_q8_0, 1>, dot_tile_bytes<bytes_q8_0, 2>, dot_tile_bytes<bytes_q8_0, 3>, dot_tile_bytes<bytes_q8_0, 4> },
+    { accumulate_tile_bytes<1>, accumulate_tile_bytes<2>, accumulate_tile_bytes<3>, accumulate_tile_bytes<4> },
+};
+constexpr type_kernels kernels_of_q4_0 = { pack_bytes<bytes_q4_0>,
+    { dot_tile_bytes<bytes_q4_0, 1>, dot_tile_bytes<bytes_q4_0, 2>, dot_tile_bytes<bytes_q4_0, 3>, dot_tile_bytes<bytes_q4_0, 4> },
+    { accumulate_tile<reader_q4_0, 1>, accumulate_tile<reader_q4_0, 2>, accumulate_tile<reader_q4_0, 3>, accumulate_tile<reader_q4_0, 4> },
 };
 #endif
 
@@ -198,8 +251,8 @@ const type_kernels * direct_kernels(int type, int n_embd) {
         case GGML_TYPE_F16:  return &kernels_of<reader_f16>;
         case GGML_TYPE_BF16: return &kernels_of<reader_bf16>;
 #if defined(__AVX512VNNI__)
-        case GGML_TYPE_Q8_0: return &kernels_of_bytes<reader_q8_0, bytes_q8_0>;
-        case GGML_TYPE_Q4_0: return &kernels_of_bytes<reader_q4_0, bytes_q4_0>;
+        case GGML_TYPE_Q8_0: return &kernels_of_q8_0;
+        case GGML_TYPE_Q4_0: return &kernels_of_q4_0;
 #else
         case GGML_TYPE_Q8_0: return &kernels_of<reader_q8_0>;
         case GGML_TYPE_Q4_0: return &kernels_of<reader_q4_0>;

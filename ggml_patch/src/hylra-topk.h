@@ -60,16 +60,47 @@ threshold bisect(const float * scores, int n_scores, int n, bracket b, int n_abo
     return { b.low, n - std::max(n_high, n_above) };
 }
 
+// Which lanes of a vector are taken cannot be foreseen, and a branch for each costs more than all else. So they are packed in a register
+// and written as a whole vector where there is room for one: mask_of and append, for instruction sets that have the means.
+#if defined(__AVX512F__)
+inline uint32_t mask_of(vi yes) { return _mm512_movepi32_mask((__m512i) yes); }
+
+// Returns how many. vpcompressd straight to memory is microcode on Zen 4, where it took most of the time of a choice.
+inline int append(void * out, uint32_t mask, vi values) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(__mmask16(mask), (__m512i) values));
+    return __builtin_popcount(mask);
+}
+#elif defined(__AVX2__)
+inline uint32_t mask_of(vi yes) { return uint32_t(_mm256_movemask_ps((__m256) yes)); }
+
+// The lanes of a mask, a byte each, those that are set first.
+struct packing {
+    uint64_t lanes[1 << LANES] = {};
+
+    constexpr packing() {
+        for (int mask = 0; mask < 1 << LANES; ++mask) {
+            for (int i = 0, n = 0; i < LANES; ++i) {
+                lanes[mask] |= mask >> i & 1 ? uint64_t(i) << 8*n++ : 0;
+            }
+        }
+    }
+};
+
+inline int append(void * out, uint32_t mask, vi values) {
+    static constexpr packing PACKING;
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(PACKING.lanes[mask])));
+    _mm256_storeu_si256((__m256i *) out, _mm256_permutevar8x32_epi32((__m256i) values, lanes));
+    return __builtin_popcount(mask);
+}
+#endif
+
 // Copies the scores of a bracket; -1 if there are more than fit.
 int gather(const float * scores, int n_kv, bracket b, float * out, int room) {
     int n = 0, cell = 0;
-#if defined(__AVX512F__)
-    const __m512i low = _mm512_set1_epi32(b.low), high = _mm512_set1_epi32(b.high);
+#if defined(__AVX2__)
     for (; cell + LANES <= n_kv && n + LANES <= room; cell += LANES) {
-        const __m512i key = _mm512_loadu_si512(scores + cell);
-        const __mmask16 inside = _mm512_cmpge_epi32_mask(key, low) & _mm512_cmplt_epi32_mask(key, high);
-        _mm512_mask_compressstoreu_epi32(out + n, inside, key);
-        n += __builtin_popcount(inside);
+        const vi key = load_keys(scores + cell);
+        n += append(out + n, mask_of((key >= b.low) & (key < b.high)), key);
     }
 #endif
     for (; cell < n_kv; ++cell) {
@@ -113,17 +144,16 @@ threshold threshold_of(const float * scores, int n_kv, int n) {
     return bisect(scores, n_kv, n, ALL_KEYS, 0);
 }
 
-// The cells above the threshold and the first n_tie at it, ascending.
-int collect(const float * scores, int n_kv, threshold t, int32_t * out) {
+// The n_all cells above the threshold and the first n_tie at it, ascending.
+int collect(const float * scores, int n_kv, threshold t, [[maybe_unused]] int n_all, int32_t * out) {
     int n = 0, cell = 0;
-#if defined(__AVX512F__)
-    const __m512i key = _mm512_set1_epi32(t.key), step = _mm512_set1_epi32(LANES);
-    __m512i cells = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (; t.n_tie == 0 && cell + LANES <= n_kv; cell += LANES) {
-        const __mmask16 above = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(scores + cell), key);
-        _mm512_mask_compressstoreu_epi32(out + n, above, cells);
-        n += __builtin_popcount(above);
-        cells = _mm512_add_epi32(cells, step);
+#if defined(__AVX2__)
+    vi cells;
+    for (int i = 0; i < LANES; ++i) {
+        cells[i] = i;
+    }
+    for (; t.n_tie == 0 && cell + LANES <= n_kv && n + LANES <= n_all; cell += LANES, cells += LANES) {
+        n += append(out + n, mask_of(load_keys(scores + cell) > t.key), cells);
     }
 #endif
     for (; cell < n_kv; ++cell) {
@@ -137,7 +167,7 @@ int collect(const float * scores, int n_kv, threshold t, int32_t * out) {
 
 int choose_cells(const float * scores, int n_kv, int top_k, int32_t * out) {
     const int n = std::min(top_k, count_from(scores, n_kv, 0));
-    return n == 0 ? 0 : collect(scores, n_kv, threshold_of(scores, n_kv, n), out);
+    return n == 0 ? 0 : collect(scores, n_kv, threshold_of(scores, n_kv, n), n, out);
 }
 
 } // namespace

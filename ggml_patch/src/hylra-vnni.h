@@ -88,6 +88,9 @@ inline vf row_scales(const char * const * row, int byte, std::integer_sequence<i
     return (vf) _mm512_cvtph_ps((__m256i) vh{ half(I)... });
 }
 
+// The scales of a block of LANES rows.
+inline vf row_scales(const char * const * row, int byte) { return row_scales(row, byte, std::make_integer_sequence<int, LANES>{}); }
+
 // Readers of one block of 16 rows: out[i] are values 4*i .. 4*i + 3 of each row, as bytes without a sign.
 struct bytes_q8_0 {
     static constexpr int BYTES = 34, ZERO = 128;
@@ -151,20 +154,21 @@ struct fixed_sum {
 
 constexpr int BYTES_ROWS = 2*LANES; // two vectors of rows to each load of a digit: with one, loads were as scarce as multipliers
 
-// s[h][i] = q[h] . row[i] for HEADS queries that pack_query has made and BYTES_ROWS rows of n_block blocks
-template<class BYTES_OF, int HEADS>
-void dot_bytes(const float * const * q, const char * const * row, int n_block, float (*s)[BYTES_ROWS]) {
+// s[h][i] = q[h] . row[i] for HEADS queries that pack_query has made and BYTES_ROWS rows of n_block blocks. fetch: called for each
+// head and block
+template<class BYTES_OF, int HEADS, class FETCH>
+void dot_bytes(const float * const * q, const char * const * row, int n_block, float (*s)[BYTES_ROWS], FETCH & fetch) {
     vf low[HEADS] = {}, high[HEADS] = {}; // sums of the first and the last LANES rows
     for (int b = 0; b < n_block; ++b) {
         const int byte = b*BYTES_OF::BYTES;
         __m512i k_low[QUADS], k_high[QUADS];
         BYTES_OF::read(row, byte + 2, k_low);
         BYTES_OF::read(row + LANES, byte + 2, k_high);
-        const vf scale_low  = row_scales(row, byte, std::make_integer_sequence<int, LANES>{});
-        const vf scale_high = row_scales(row + LANES, byte, std::make_integer_sequence<int, LANES>{});
+        const vf scale_low  = row_scales(row, byte), scale_high = row_scales(row + LANES, byte);
         for (int h = 0; h < HEADS; ++h) {
             const query_block & to = ((const query_block *) q[h])[b];
             fixed_sum sum_low(to), sum_high(to);
+            fetch();
             for (int i = 0; i < QUADS; ++i) {
                 for (int d = 0; d < DIGITS; ++d) {
                     const __m512i digit = _mm512_set1_epi32(to.digit[d][i]);
