@@ -22,6 +22,7 @@ from .solver import NO_SOURCE, Plan, Problem
 # Of SmolLM2-135M-Needle-32K at 8K tokens this holds nine of 30 layers at top_k 512, and layer 0 alone at 1024 and 2048.
 DEFAULT_MAX_SENSITIVITY = 0.10
 DEFAULT_TOP_K = 2048
+FAR_SHORT = 0.7  # of the context planned for: half way to the next power of two
 # LessIsMore with 10 % of the cells fell from 73 to 61 points on AIME when nothing kept the first tokens from a tiny budget.
 FRACTION_FLOOR = 1024
 SOLVED = ("hylra", "count", "bottleneck")  # strategies that the default sensitivity bound belongs to
@@ -40,6 +41,12 @@ class View:
 
     def edge_k(self, top_k: int) -> int:
         return self.profile.edge_k(top_k, self.context)
+
+    def compared_at(self, top_k: int) -> str:
+        """"recall@512", and for how long a context that stands where nothing measured comes near to the one planned for"""
+        k, wanted = self.edge_k(top_k), self.context or self.profile.n_ctx_train
+        stands_for = round(top_k*float(np.mean(self.profile.contexts))/k)
+        return f"{self.similarity}@{k}" + (f", which stands for {stands_for} tokens," if stands_for < FAR_SHORT*wanted else "")
 
     def matrix(self, top_k: int) -> np.ndarray:
         """[n_layer, n_layer], row = source, as similar as they are when top_k cells are chosen in `context`"""
@@ -220,7 +227,7 @@ def evidence(view: View, plan: Plan, top_k: int, ks: dict[int, int]) -> dict:
     for layer, k in ks.items():
         matrix[layer] = view.matrix(k)[layer]
     return {"sensitivity": view.sensitivity(top_k), "overlap": matrix,
-            "summary": summary(plan.sources, matrix, ks, top_k, f"{view.similarity}@{view.edge_k(top_k)}")}
+            "summary": summary(plan.sources, matrix, ks, top_k, view.compared_at(top_k))}
 
 
 def summary(sources: list[int], matrix: np.ndarray, ks: dict[int, int], top_k: int, similarity: str) -> str:

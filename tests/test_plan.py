@@ -207,9 +207,9 @@ def profile_of_a_long_lookup(n_ctx_train: int) -> Profile:
 
 @pytest.mark.parametrize("n_ctx_train, flags, source, evidence", [
     (4096, {}, 0, "recall@512"),
-    (8192, {}, 2, "recall@300"),
+    (8192, {}, 2, "recall@300 min"),
     (8192, {"for_context": 4096}, 0, "recall@512"),
-    (4096, {"for_context": 131072}, 2, "recall@300"),
+    (4096, {"for_context": 131072}, 2, "recall@300, which stands for 6991 tokens, min"),
 ])
 def test_reuse_must_hold_at_the_share_of_cells_of_the_longest_context(n_ctx_train, flags, source, evidence):
     policy = plan.plan_policy(profile_of_a_long_lookup(n_ctx_train), theta=0.9, **flags)
