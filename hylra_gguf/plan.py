@@ -195,6 +195,7 @@ def edges_of(sources: Sequence[int]) -> list[tuple[int, int]]:
 def select_budgets(view: View, plan: Plan, top_k: int, forced: int, bound: float) -> dict[int, int]:
     """Per select layer the smallest measured top_k at which its edges keep theta and its reuse layers the sensitivity bound."""
     budgets = {layer: top_k for layer in selects_of(plan.sources)}
+    # where several are compared at one measured top_k, only the largest has evidence
     told_apart = {view.edge_k(k): k for k in sorted(k for k in view.profile.top_k if forced <= k <= top_k)}.values()
     for k in sorted((k for k in told_apart if k < top_k), reverse=True):
         matrix, calm = view.matrix(k), calm_layers(view.sensitivity(k), bound)

@@ -113,6 +113,7 @@ def test_kernels_compile_for_turing_and_hopper(tmp_path, source):
 
 def test_collecting_the_gpu_tests_changes_nothing_for_the_others(monkeypatch):
     monkeypatch.delitem(sys.modules, "test_cuda", raising=False)
+    importlib.import_module("hylra_gguf")  # points at its library by a variable, whoever imports it first
     before = dict(os.environ)
     importlib.import_module("test_cuda")
     assert dict(os.environ) == before

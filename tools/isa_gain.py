@@ -32,6 +32,8 @@ def times_ms(program: str, kind: str, shape: tuple[int, int, int], isa: str) -> 
 
 
 def measure(program: str, rounds: int) -> dict:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     rows = []
     for kind in TYPES:
         for shape in SHAPES:
@@ -59,8 +61,6 @@ def main() -> int:
     parser.add_argument("source", metavar="BENCH_KERNELS|JSON", help="the program to run, or a result to print as a table")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each instruction set (default 5)")
     args = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     return table_or_rows(args.source, table, lambda: measure(args.source, args.rounds))
 
 
