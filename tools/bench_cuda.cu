@@ -4,7 +4,7 @@
 //   bench-cuda [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 8192,65536] [--streams 1] [--top-k 2048] [--type f16] [--repetitions 30]
 //              [--mla 1]       heads of 576/512 whose V lies in K (DeepSeek); one KV head
 //              [--lists 1]     lists of cells, one per KV head if not said
-//              [--cluster 0]   choose as on cards before Hopper, with one block per row
+//              [--cluster 0]   choose and reuse as on cards before Hopper: with one block per row, in two launches
 //
 // A graph runs enough layers with caches of their own that the second-level cache cannot hold them. Times are microseconds per layer, medians.
 #include "cuda_tools.cuh"
@@ -204,6 +204,7 @@ struct layers {
         const double us = replayed_us([&](cudaStream_t stream) {
             for (int i = 0; i < n_layer; ++i) {
                 const hylra_cuda_job one = job(i, m, scratch.data);
+                if (m == REUSE && parts > 1 && o.cluster && hylra_cuda_reuse(one, (float *) out.data, stream)) { continue; }
                 hylra_cuda_attend(one, stream);
                 if (parts > 1) { hylra_cuda_reduce(one, (float *) out.data, stream); }
                 if (parts > 2) { hylra_cuda_pool(one, (const int32_t *) forced.data, 68, (float *) scores.data, stream); }

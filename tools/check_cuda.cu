@@ -240,7 +240,15 @@ double run_reuse(const problem & p, on_device & d, const std::vector<int32_t> & 
     hylra_cuda_attend(job, 0);
     hylra_cuda_reduce(job, (float *) out.data, 0);
     CHECK(cudaDeviceSynchronize());
-    return error_of(out.read<float>(), reference(host, p.head_list.data(), nullptr, 0));
+    const std::vector<float> expected = reference(host, p.head_list.data(), nullptr, 0);
+    const double two_launches = error_of(out.read<float>(), expected);
+    out.poison();
+    if (!hylra_cuda_reuse(job, (float *) out.data, 0)) {
+        return two_launches;
+    }
+    CHECK(cudaDeviceSynchronize());
+    const double one_launch = error_of(out.read<float>(), expected);
+    return one_launch <= two_launches ? two_launches : one_launch; // a NaN stays
 }
 
 bool report(const problem & p, const verdict & v) {

@@ -88,34 +88,34 @@ static __device__ __forceinline__ void hylra_stage_q(const hylra_attn & a, const
     }
 }
 
-// s[wide]: logits of the tile, base 2
-template <int TYPE, bool ONCE, int EMBD_K, int WIDE>
-static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, const uint8_t * k, const hylra_column (&columns)[WIDE][2], const hylra_tile<WIDE> & tile,
-                                                         const uint4 * q_frags, float (&s)[WIDE][4]) {
-    constexpr int BATCH = EMBD_K <= 256 ? EMBD_K/32 : 6; // octet rows that are in flight together
-    const int lane = threadIdx.x%32, t = lane%4, n_octet = a.n_embd_k/8;
-    for (int w = 0; w < WIDE; ++w) {
-        s[w][0] = s[w][1] = s[w][2] = s[w][3] = 0.0f;
+// A batch of K octets of the two cells whose rows a lane holds
+template <int TYPE, bool ONCE, int WIDE, int BATCH>
+static __device__ __forceinline__ void hylra_load_k(const hylra_attn & a, const uint8_t * k, const hylra_tile<WIDE> & tile, int first, uint4 (&rows)[BATCH][2]) {
+    const int t = threadIdx.x%4, n_octet = a.n_embd_k/8;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+        rows[i][0] = hylra_octet_of<TYPE, ONCE>(k, a.k_nb[1], tile.cell[0], (first + i)*4 + t, n_octet);
+        rows[i][1] = hylra_octet_of<TYPE, ONCE>(k, a.k_nb[1], tile.cell[1], (first + i)*4 + t, n_octet);
     }
-    static_assert(EMBD_K/32%BATCH == 0, "");
+}
+
+// s[wide]: += K Q^T of a batch
+template <int EMBD_K, int WIDE, int BATCH>
+static __device__ __forceinline__ void hylra_add_k(const uint4 (&rows)[BATCH][2], int first, const uint4 * q_frags, float (&s)[WIDE][4]) {
 #pragma unroll
-    for (int first = 0; first < EMBD_K/32; first += BATCH) {
-        uint4 lo[BATCH], hi[BATCH];
+    for (int i = 0; i < BATCH; ++i) {
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            lo[i] = hylra_octet_of<TYPE, ONCE>(k, a.k_nb[1], tile.cell[0], (first + i)*4 + t, n_octet);
-            hi[i] = hylra_octet_of<TYPE, ONCE>(k, a.k_nb[1], tile.cell[1], (first + i)*4 + t, n_octet);
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-#pragma unroll
-            for (int w = 0; w < WIDE; ++w) {
-                const uint4 q = q_frags[(w*(EMBD_K/32) + first + i)*32 + lane];
-                hylra_mma(s[w], lo[i].x, hi[i].x, lo[i].y, hi[i].y, q.x, q.y);
-                hylra_mma(s[w], lo[i].z, hi[i].z, lo[i].w, hi[i].w, q.z, q.w);
-            }
+        for (int w = 0; w < WIDE; ++w) {
+            const uint4 q = q_frags[(w*(EMBD_K/32) + first + i)*32 + threadIdx.x%32];
+            hylra_mma(s[w], rows[i][0].x, rows[i][1].x, rows[i][0].y, rows[i][1].y, q.x, q.y);
+            hylra_mma(s[w], rows[i][0].z, rows[i][1].z, rows[i][0].w, rows[i][1].w, q.z, q.w);
         }
     }
+}
+
+// Products become logits, base 2.
+template <int WIDE>
+static __device__ __forceinline__ void hylra_finish_logits(const hylra_attn & a, const hylra_column (&columns)[WIDE][2], const hylra_tile<WIDE> & tile, float (&s)[WIDE][4]) {
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
 #pragma unroll
@@ -124,6 +124,24 @@ static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, c
             s[w][i] = x + __half2float(__ushort_as_half(tile.mask[w][i/2][i%2]))*columns[w][i%2].slope;
         }
     }
+}
+
+// s[wide]: logits of the tile
+template <int TYPE, bool ONCE, int EMBD_K, int WIDE>
+static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, const uint8_t * k, const hylra_column (&columns)[WIDE][2], const hylra_tile<WIDE> & tile,
+                                                         const uint4 * q_frags, float (&s)[WIDE][4]) {
+    constexpr int BATCH = EMBD_K <= 256 ? EMBD_K/32 : 6; // octet rows that are in flight together
+    static_assert(EMBD_K/32%BATCH == 0, "");
+    for (int w = 0; w < WIDE; ++w) {
+        s[w][0] = s[w][1] = s[w][2] = s[w][3] = 0.0f;
+    }
+#pragma unroll
+    for (int first = 0; first < EMBD_K/32; first += BATCH) {
+        uint4 rows[BATCH][2];
+        hylra_load_k<TYPE, ONCE>(a, k, tile, first, rows);
+        hylra_add_k<EMBD_K, WIDE>(rows, first, q_frags, s);
+    }
+    hylra_finish_logits(a, columns, tile, s);
 }
 
 // Logits become weights; returns by how much earlier outputs shrink
@@ -144,6 +162,29 @@ static __device__ __forceinline__ float2 hylra_tile_weights(hylra_softmax & stat
         state.ref[c] = ref;
     }
     return make_float2(shrink[0], shrink[1]);
+}
+
+// Outputs so far are brought to a new reference.
+template <int N> static __device__ __forceinline__ void hylra_shrink(const float2 & shrink, float (&out)[N][4]) {
+    if (__any_sync(0xFFFFFFFFu, shrink.x != 1.0f || shrink.y != 1.0f)) {
+#pragma unroll
+        for (int m = 0; m < N; ++m) {
+            out[m][0] *= shrink.x;
+            out[m][1] *= shrink.y;
+            out[m][2] *= shrink.x;
+            out[m][3] *= shrink.y;
+        }
+    }
+}
+
+// The lanes of a column have summed different cells.
+static __device__ __forceinline__ void hylra_sum_lanes(hylra_softmax & state) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        for (int mask = 4; mask < 32; mask *= 2) {
+            state.sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state.sum[c], mask);
+        }
+    }
 }
 
 // A batch of V octets of the four cells whose rows a lane holds
@@ -249,14 +290,8 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
             const float2 shrink = hylra_tile_weights(state[w], s[w]);
-            if (!SCORES && __any_sync(0xFFFFFFFFu, shrink.x != 1.0f || shrink.y != 1.0f)) {
-#pragma unroll
-                for (int m = 0; m < EMBD_V/16; ++m) {
-                    out[w][m][0] *= shrink.x;
-                    out[w][m][1] *= shrink.y;
-                    out[w][m][2] *= shrink.x;
-                    out[w][m][3] *= shrink.y;
-                }
+            if constexpr (!SCORES) {
+                hylra_shrink(shrink, out[w]);
             }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -281,12 +316,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
 
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            for (int mask = 4; mask < 32; mask *= 2) {
-                state[w].sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state[w].sum[c], mask);
-            }
-        }
+        hylra_sum_lanes(state[w]);
         if constexpr (SCORES) {
             hylra_store_state<SPLIT>(job, chunk, stream, head_kv, column0 + 8*w, columns[w], state[w], norms);
         } else if constexpr (SPLIT) {

@@ -91,12 +91,11 @@ static __device__ void hylra_store_split(const hylra_cuda_job & job, int chunk, 
     }
 }
 
-// The warps of a block have seen different cells: their states are brought to one reference and added. One group of columns.
-template <bool LISTED, int TYPE, int EMBD_V>
-static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk, int stream, int head_kv, int token0, int first_column, const hylra_softmax & state,
-                                          float (&out)[EMBD_V/16][4], float * shared /* [warps][8][EMBD_V + 1] */, float2 (*norms)[8] /* [warps] */) {
+// The warps of a block have seen different cells: their states and outputs of one group of columns go where the block can add them.
+template <int TYPE, int EMBD_V>
+static __device__ __forceinline__ void hylra_share_outputs(const hylra_softmax & state, const float (&out)[EMBD_V/16][4], float * shared /* [warps][8][EMBD_V + 1] */,
+                                                           float2 (*norms)[8] /* [warps] */) {
     const int lane = threadIdx.x%32, warp = threadIdx.x/32, g = lane/4, t = lane%4;
-    constexpr int STRIDE = EMBD_V + 1;
     __syncthreads();
     if (g == 0) {
         norms[warp][2*t]     = make_float2(state.ref[0], state.sum[0]);
@@ -106,33 +105,49 @@ static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk,
     for (int m = 0; m < EMBD_V/16; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            shared[(warp*8 + 2*t + i%2)*STRIDE + hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + i/2)] = out[m][i];
+            shared[(warp*8 + 2*t + i%2)*(EMBD_V + 1) + hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + i/2)] = out[m][i];
         }
     }
     __syncthreads();
+}
+
+// One reference for a column's outputs of all warps, their sum of weights, and what each warp's outputs are multiplied by
+template <int WARPS> static __device__ __forceinline__ float2 hylra_merged_norm(const float2 (*norms)[8], int column, float (&factor)[WARPS]) {
+    float ref = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        ref = fmaxf(ref, norms[w][column].x);
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        factor[w] = ref == -INFINITY ? 0.0f : exp2f(norms[w][column].x - ref);
+        sum += factor[w]*norms[w][column].y;
+    }
+    return make_float2(ref, sum);
+}
+
+// One group of columns of a block
+template <bool LISTED, int TYPE, int EMBD_V>
+static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk, int stream, int head_kv, int token0, int first_column, const hylra_softmax & state,
+                                          const float (&out)[EMBD_V/16][4], float * shared, float2 (*norms)[8]) {
+    hylra_share_outputs<TYPE, EMBD_V>(state, out, shared, norms);
     const int column_in_group = threadIdx.x/16, part = threadIdx.x%16; // 16 threads write one column
     const hylra_column column = hylra_column_of<LISTED>(job.attn, job.plan, first_column + column_in_group, head_kv, token0);
     if (column.head < 0) {
         return;
     }
-    float ref = -INFINITY, sum = 0.0f, factor[HYLRA_CUDA_WARPS];
-    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-        ref = fmaxf(ref, norms[w][column_in_group].x);
-    }
-    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-        factor[w] = ref == -INFINITY ? 0.0f : exp2f(norms[w][column_in_group].x - ref);
-        sum += factor[w]*norms[w][column_in_group].y;
-    }
+    float factor[HYLRA_CUDA_WARPS];
+    const float2 norm = hylra_merged_norm(norms, column_in_group, factor);
     float * to = hylra_outputs(job, chunk, stream, column);
     for (int d = part; d < job.attn.n_embd_v; d += 16) {
         float x = 0.0f;
         for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-            x += factor[w]*shared[(w*8 + column_in_group)*STRIDE + d];
+            x += factor[w]*shared[(w*8 + column_in_group)*(EMBD_V + 1) + d];
         }
         to[d] = x;
     }
     if (part == 0) {
-        hylra_store_norm(job, chunk, stream, column, ref, sum);
+        hylra_store_norm(job, chunk, stream, column, norm.x, norm.y);
     }
 }
 
@@ -160,12 +175,7 @@ static __device__ void hylra_store_state(const hylra_cuda_job & job, int chunk, 
     if (column.head < 0) {
         return;
     }
-    float ref = -INFINITY, sum = 0.0f;
-    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-        ref = fmaxf(ref, norms[w][at].x);
-    }
-    for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-        sum += ref == -INFINITY ? 0.0f : exp2f(norms[w][at].x - ref)*norms[w][at].y;
-    }
-    hylra_store_norm(job, chunk, stream, column, ref, sum);
+    float factor[HYLRA_CUDA_WARPS];
+    const float2 norm = hylra_merged_norm(norms, at, factor);
+    hylra_store_norm(job, chunk, stream, column, norm.x, norm.y);
 }

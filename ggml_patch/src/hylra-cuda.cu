@@ -24,6 +24,23 @@ void hylra_cuda_attend(const hylra_cuda_job & job, cudaStream_t stream) {
     }
 }
 
+bool hylra_cuda_reuse_f16 (const hylra_cuda_job & job, float * out, cudaStream_t stream);
+bool hylra_cuda_reuse_bf16(const hylra_cuda_job & job, float * out, cudaStream_t stream);
+bool hylra_cuda_reuse_f32 (const hylra_cuda_job & job, float * out, cudaStream_t stream);
+bool hylra_cuda_reuse_q8_0(const hylra_cuda_job & job, float * out, cudaStream_t stream);
+bool hylra_cuda_reuse_q4_0(const hylra_cuda_job & job, float * out, cudaStream_t stream);
+
+bool hylra_cuda_reuse(const hylra_cuda_job & job, float * out, cudaStream_t stream) {
+    switch (job.attn.type_k) {
+        case GGML_TYPE_F16:  return hylra_cuda_reuse_f16 (job, out, stream);
+        case GGML_TYPE_BF16: return hylra_cuda_reuse_bf16(job, out, stream);
+        case GGML_TYPE_F32:  return hylra_cuda_reuse_f32 (job, out, stream);
+        case GGML_TYPE_Q8_0: return hylra_cuda_reuse_q8_0(job, out, stream);
+        case GGML_TYPE_Q4_0: return hylra_cuda_reuse_q4_0(job, out, stream);
+        default: return false;
+    }
+}
+
 hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_list, int select_lists, bool scores_only, void * scratch) {
     hylra_cuda_job job = {};
     job.attn         = attn;
@@ -42,6 +59,23 @@ hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_l
 static hylra_cuda_job job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks) {
     const hylra_attn attn = hylra_attn_of_node(op, attend, sinks);
     return hylra_cuda_job_of(attn, op.head_list.data(), op.weights ? op.lists : 0, op.scores_only, attend->data);
+}
+
+// Lists in one launch: at reduce's node, whose data is the output; attend's then does nothing.
+static bool in_one_launch(const hylra_cuda_job & job, float * out, cudaStream_t stream) { return job.attn.cells && hylra_cuda_reuse(job, out, stream); }
+
+static void compute_attend(const hylra_op & op, ggml_tensor * node, cudaStream_t stream) {
+    const hylra_cuda_job job = job_of_node(op, node, nullptr);
+    if (!in_one_launch(job, nullptr, stream)) {
+        hylra_cuda_attend(job, stream);
+    }
+}
+
+static void compute_reduce(const hylra_op & op, ggml_tensor * node, cudaStream_t stream) {
+    const hylra_cuda_job job = job_of_node(op, node->src[0], node->src[1]);
+    if (!in_one_launch(job, (float *) node->data, stream)) {
+        hylra_cuda_reduce(job, (float *) node->data, stream);
+    }
 }
 
 static void compute_pool(const hylra_op & op, ggml_tensor * node, cudaStream_t stream) {
@@ -67,9 +101,9 @@ void hylra_cuda_compute(ggml_tensor * node, cudaStream_t stream) {
     const hylra_node_ref ref = hylra_node_of(node);
     const hylra_op & op = *ref.op;
     if (ref.run == hylra_node_attend) {
-        hylra_cuda_attend(job_of_node(op, node, nullptr), stream);
+        compute_attend(op, node, stream);
     } else if (ref.run == hylra_node_reduce) {
-        hylra_cuda_reduce(job_of_node(op, node->src[0], node->src[1]), (float *) node->data, stream);
+        compute_reduce(op, node, stream);
     } else if (ref.run == hylra_node_pool) {
         compute_pool(op, node, stream);
     } else {

@@ -264,8 +264,11 @@ struct layer_builder {
         return custom("attend", GGML_TYPE_F32, { n, 1, 1, 1 }, { q, k, v, kq_mask, cells }, hylra_node_attend, op);
     }
 
-    ggml_tensor * reduce(hylra_op & op, ggml_tensor * attended) const {
-        return custom("reduce", GGML_TYPE_F32, { v->ne[0], q->ne[2], q->ne[1], q->ne[3] }, { attended, sinks }, hylra_node_reduce, op);
+    // A device may attend to cells only here, in one launch: what it reads must not make room for the output before.
+    ggml_tensor * reduce(hylra_op & op, ggml_tensor * attended, ggml_tensor * cells) const {
+        const bool late = device && cells;
+        return custom("reduce", GGML_TYPE_F32, { v->ne[0], q->ne[2], q->ne[1], q->ne[3] },
+                      { attended, sinks, late ? q : nullptr, late ? kq_mask : nullptr, late ? cells : nullptr }, hylra_node_reduce, op);
     }
 
     ggml_tensor * forced_cells() const {
@@ -282,7 +285,7 @@ struct layer_builder {
     ggml_tensor * choose(hylra_op & op, ggml_tensor * attended, ggml_tensor * out) const {
         const int64_t lists = policy.lists, n_kv = k->ne[1];
         ggml_tensor * pooled = custom("pool", GGML_TYPE_F32, { n_kv, lists, q->ne[1], q->ne[3] },
-                                      { attended, sinks, forced_cells(), out }, hylra_node_pool, op);
+                                      { attended, sinks, forced_cells(), out, kq_mask }, hylra_node_pool, op); // the mask is read again
         return custom("choose", GGML_TYPE_I32, { policy.top_k_at(il, uint32_t(n_kv)), lists, q->ne[1], q->ne[3] },
                       { pooled, attended }, hylra_node_choose, op);
     }
@@ -328,9 +331,9 @@ static ggml_tensor * build_own(layer_builder & b, float kq_scale, ggml_tensor *&
     hylra_op & scoring = b.new_op(kq_scale, true);
     scoring.scores_only = true;
     ggml_tensor * attended = b.attend(scoring, nullptr);
-    cells = b.choose(scoring, attended, b.device ? b.reduce(scoring, attended) : nullptr);
+    cells = b.choose(scoring, attended, b.device ? b.reduce(scoring, attended, nullptr) : nullptr);
     hylra_op & op = b.new_op(kq_scale, false);
-    return b.reduce(op, b.attend(op, cells));
+    return b.reduce(op, b.attend(op, cells), cells);
 }
 
 static ggml_tensor * build(layer_builder & b, float kq_scale) {
@@ -348,7 +351,7 @@ static ggml_tensor * build(layer_builder & b, float kq_scale) {
     }
     hylra_op & op = b.new_op(kq_scale, mode == HYLRA_SELECT);
     ggml_tensor * attended = b.attend(op, cells);
-    ggml_tensor * out = b.reduce(op, attended);
+    ggml_tensor * out = b.reduce(op, attended, cells);
     if (mode == HYLRA_SELECT) {
         b.input.cells[b.il] = b.choose(op, attended, out);
         ggml_build_forward_expand(b.graph.gf, out);

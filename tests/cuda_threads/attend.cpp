@@ -1,6 +1,6 @@
-// Attention on random F16 rows by the CUDA kernels, beside plain double precision: `attend BLOCK.so < cases`. A case: name, head size, query heads,
+// Attention on random F16 rows by the CUDA kernels, beside plain double precision: `attend BLOCK.so... < cases`. A case: name, head size, query heads,
 // KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells. Prints for each its name and the largest errors, relative to the
-// largest value: output of select, its scores, scores without V, output of reuse.
+// largest value: output of select, its scores, scores without V, output of reuse in two launches and in one.
 #include "hylra-attn.h"
 #include "hylra-cuda-plan.h"
 
@@ -18,32 +18,39 @@
 
 #include "hylra-cuda.cuh"
 
-enum { ATTEND, REDUCE, POOL };
+enum { ATTEND, REDUCE, POOL, REUSE };
 struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; };
 
 // ---- blocks
 
-static void * block; // the library
-template <typename F> static F function(const char * name) { return (F) dlsym(block, name); }
+static std::vector<void *> blocks; // the copies of the library
+template <typename F> static F function(int block, const char * name) { return (F) dlsym(blocks[block], name); }
 
-struct task { const work * w; int at[3], thread; };
+struct task { const work * w; int block, at[3], thread; };
 static void * start(void * p) {
     const task & t = *(const task *) p;
-    function<void (*)(const work &, int, int, int, int)>("run")(*t.w, t.at[0], t.at[1], t.at[2], t.thread);
+    function<void (*)(const work &, int, int, int, int)>(t.block, "run")(*t.w, t.at[0], t.at[1], t.at[2], t.thread);
     return nullptr;
 }
 
-// One block after another
-static void launch(work w, int x, int y, int z) {
+// `side` neighbouring blocks run together, one such group after another
+static void launch(work w, int x, int y, int z, int side) {
     w.grid[0] = x, w.grid[1] = y, w.grid[2] = z;
-    const int n_thread = function<int (*)(int)>("threads")(w.kind);
-    function<void (*)(int)>("begin")(w.kind);
+    const int n_thread = function<int (*)(int)>(0, "threads")(w.kind);
+    pthread_barrier_t cluster;
+    pthread_barrier_init(&cluster, nullptr, n_thread*side);
+    std::vector<const char *> bases;
+    for (int i = 0; i < side; ++i) { bases.push_back(function<const char * (*)()>(i, "base")()); }
+    for (int i = 0; i < side; ++i) { function<void (*)(int, pthread_barrier_t *, const char * const *, int)>(i, "begin")(w.kind, &cluster, bases.data(), side); }
     pthread_attr_t small;
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, 128 << 10);
-    for (int at = 0; at < x*y*z; ++at) {
+    for (int first = 0; first < x*y*z; first += side) {
         std::vector<task> tasks;
-        for (int thread = 0; thread < n_thread; ++thread) { tasks.push_back({ &w, { at%x, at/x%y, at/x/y }, thread }); }
+        for (int i = 0; i < side; ++i) {
+            const int at = first + i;
+            for (int thread = 0; thread < n_thread; ++thread) { tasks.push_back({ &w, i, { at%x, at/x%y, at/x/y }, thread }); }
+        }
         std::vector<pthread_t> threads(tasks.size());
         for (size_t i = 0; i < tasks.size(); ++i) {
             if (pthread_create(&threads[i], &small, start, &tasks[i]) != 0) { fprintf(stderr, "no more threads\n"); exit(3); }
@@ -152,11 +159,11 @@ static double error(const std::vector<float> & found, const std::vector<float> &
 
 static void attend(const hylra_cuda_job & job, std::vector<float> & out) {
     const hylra_attn & a = job.attn;
-    launch({ ATTEND, {}, 0, job, nullptr, nullptr }, job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.n_stream*(a.cells ? a.n_tokens : 1));
-    launch({ REDUCE, {}, 0, job, out.data(), nullptr }, a.n_head*a.n_tokens*a.n_stream, 1, 1);
+    launch({ ATTEND, {}, 0, job, nullptr, nullptr }, job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.n_stream*(a.cells ? a.n_tokens : 1), 1);
+    launch({ REDUCE, {}, 0, job, out.data(), nullptr }, a.n_head*a.n_tokens*a.n_stream, 1, 1, 1);
 }
 
-static void run(const problem & p, double (&errors)[4]) {
+static void run(const problem & p, double (&errors)[5]) {
     std::vector<char> scratch;
     std::vector<float> expected_scores, out(size_t(p.size)*p.rows(), NAN), scores;
     const std::vector<float> expected = p.reference(false, &expected_scores), listed = p.reference(true, nullptr);
@@ -164,7 +171,7 @@ static void run(const problem & p, double (&errors)[4]) {
         const hylra_cuda_job job = p.job(false, scores_only, scratch);
         scores.assign(expected_scores.size(), NAN);
         attend(job, out);
-        launch({ POOL, {}, 2, job, scores.data(), p.forced.data() }, hylra_ceil_div(p.n_kv, 512), p.lists*p.tokens*p.streams, 1);
+        launch({ POOL, {}, 2, job, scores.data(), p.forced.data() }, hylra_ceil_div(p.n_kv, 512), p.lists*p.tokens*p.streams, 1, 1);
         errors[1 + scores_only] = error(scores, expected_scores);
     }
     errors[0] = error(out, expected);
@@ -172,19 +179,24 @@ static void run(const problem & p, double (&errors)[4]) {
     out.assign(out.size(), NAN);
     attend(job, out);
     errors[3] = error(out, listed);
+    out.assign(out.size(), NAN);
+    launch({ REUSE, {}, 0, job, out.data(), nullptr }, int(blocks.size())*job.plan.n_block_column, p.heads_kv, p.tokens*p.streams, int(blocks.size()));
+    errors[4] = error(out, listed);
 }
 
 int main(int argc, char ** argv) {
-    block = argc == 2 ? dlopen(argv[1], RTLD_NOW | RTLD_LOCAL) : nullptr;
-    if (!block) { fprintf(stderr, "%s\n", argc == 2 ? dlerror() : "usage: attend BLOCK.so < cases"); return 2; }
+    for (int i = 1; i < argc; ++i) {
+        blocks.push_back(dlopen(argv[i], RTLD_NOW | RTLD_LOCAL));
+        if (!blocks.back()) { fprintf(stderr, "%s\n", dlerror()); return 2; }
+    }
     std::mt19937 rng(11);
     char name[64];
     problem p;
     while (scanf("%63s %d %d %d %d %d %d %d %d %d %f", name, &p.size, &p.heads, &p.heads_kv, &p.n_kv, &p.tokens, &p.streams, &p.n_listed, &p.lists, &p.sinks, &p.visible) == 11) {
-        double errors[4];
+        double errors[5];
         p.fill(rng);
         run(p, errors);
-        printf("%s %.3g %.3g %.3g %.3g\n", name, errors[0], errors[1], errors[2], errors[3]);
+        printf("%s %.3g %.3g %.3g %.3g %.3g\n", name, errors[0], errors[1], errors[2], errors[3], errors[4]);
         fflush(stdout);
         p = problem();
     }

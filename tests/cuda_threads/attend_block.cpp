@@ -1,17 +1,20 @@
-// A block of the attention kernels for F16 rows of up to 128 values, as a library that attend.cpp loads.
+// One block of the attention kernels for F16 rows of up to 128 values. Compiled into a library that the test loads once per block of a cluster.
 #define __CUDACC__
 #include "cuda_runtime.h"
 
-#include "hylra-cuda-attend.cuh"
+#include "hylra-cuda-reuse.cuh"
 #include "hylra-cuda-select.cu"
 
-enum { ATTEND, REDUCE, POOL };
-constexpr int N_THREADS[] = { 32*HYLRA_CUDA_WARPS, REDUCE_THREADS, POOL_FEW_THREADS };
+constexpr int CLUSTER = 16, WARPS = 4;
+enum { ATTEND, REDUCE, POOL, REUSE };
+constexpr int N_THREADS[] = { 32*HYLRA_CUDA_WARPS, REDUCE_THREADS, POOL_FEW_THREADS, 32*WARPS };
 
 struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; };
 
 template <int WIDE> static void run_wide(const work & w) {
-    if (w.job.attn.cells) {
+    if (w.kind == REUSE) {
+        hylra_reuse_kernel<GGML_TYPE_F16, 128, WIDE, WARPS, CLUSTER>(w.job, w.out);
+    } else if (w.job.attn.cells) {
         hylra_attend_kernel<GGML_TYPE_F16, 128, 128, WIDE, HYLRA_ATTEND_LISTED, false>(w.job);
     } else if (w.job.plan.scores_only) {
         hylra_attend_kernel<GGML_TYPE_F16, 128, 128, WIDE, HYLRA_ATTEND_SCORES, false>(w.job);
@@ -25,10 +28,13 @@ template <int N_WORD> static void run_pool(const work & w) { pool_kernel<POOL_FE
 extern "C" {
 
 int threads(int kind) { return N_THREADS[kind]; }
+const char * base() { return (const char *) &of_block; }
 
-void begin(int kind) {
+void begin(int kind, pthread_barrier_t * cluster, const char * const * bases, int n_block) {
     pthread_barrier_init(&of_block.block, nullptr, N_THREADS[kind]);
     for (pthread_barrier_t & warp : of_block.warp) { pthread_barrier_init(&warp, nullptr, 32); }
+    of_block.cluster = cluster;
+    std::copy(bases, bases + n_block, of_block.bases);
 }
 
 // As one of the block's threads

@@ -1,5 +1,5 @@
 // CUDA threads as threads of this machine, so that a kernel can be run without a GPU: as much of the language as hylra-cuda-cluster.cu,
-// hylra-cuda-select.cu and hylra-cuda-attend.cuh speak. A block is one loaded copy of the library that is compiled from it: what is __shared__ is static, hence the block's own.
+// hylra-cuda-select.cu and hylra-cuda-reuse.cuh speak. A block is one loaded copy of the library that is compiled from it: what is __shared__ is static, hence the block's own.
 #pragma once
 
 #include <pthread.h>
@@ -63,7 +63,7 @@ struct shared_by_block {
     uint64_t lanes[32][32];
     uint32_t fragments[32][32][6]; // of a product of matrices
     pthread_barrier_t * cluster;
-    const char * bases[8]; // where each block's copy of `of_block` lies
+    const char * bases[16]; // where each block's copy of `of_block` lies
 };
 inline shared_by_block of_block;
 
@@ -91,12 +91,15 @@ inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) !=
 // ---- launches: the test starts the threads itself
 
 typedef void * cudaStream_t;
-enum { cudaSuccess, cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
+enum { cudaSuccess, cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension, cudaFuncAttributeNonPortableClusterSizeAllowed };
 struct cudaFuncAttributes { int ptxVersion; };
 struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val; };
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute * attrs; int numAttrs; };
 inline int cudaGetDevice(int * device) { *device = 0; return cudaSuccess; }
 template <typename F> int cudaFuncGetAttributes(cudaFuncAttributes * attributes, F) { attributes->ptxVersion = 90; return cudaSuccess; }
 template <typename F, typename... Args> int cudaLaunchKernelEx(const cudaLaunchConfig_t *, F, Args...) { return cudaSuccess; }
+template <typename F> int cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
+template <typename F> int cudaOccupancyMaxActiveClusters(int * n, F, const cudaLaunchConfig_t *) { *n = 1; return cudaSuccess; }
+inline int cudaGetLastError() { return cudaSuccess; }
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
