@@ -44,9 +44,9 @@ def loses(one: dict) -> bool:
 def signature(one: dict, rows: list[dict]) -> dict:
     """{"verdict", "next"} for a row that loses: the first cause, in this order, that nothing measured speaks against.
 
-    Sources come before k: no measured loss beyond chance was of top_k alone, and those whose cause was found went away with other sources at the same top_k
-    (docs/accuracy: theta, strategies, sisters). The mass of select layers does not tell: it was 0.90 in plans that lost and in plans that did not. What tells
-    is an arm in which every layer attends to cells of its own (`alone`): if it loses as much, sources are not what is wrong.
+    Sources come before k: no measured loss of points beyond chance was of top_k alone, and those whose cause was found went away with other sources at the same
+    top_k (docs/accuracy: theta, strategies, sisters). The mass of select layers does not tell: it was 0.90 in plans that lost and in plans that did not. What
+    tells is an arm in which every layer attends to cells of its own (`alone`): if it loses as much, sources are not what is wrong.
     """
     start = "{name}: loses " + f"{one.get('score_loss', 0.0)} points, perplexity x {one.get('ppl_ratio', 1.0)}" + " at {where} tokens: "
     mass, theta, judge = one["captured_mass"], one["theta"], next((row for row in rows if alone(row) and same_cells(row, one)), None)
@@ -54,7 +54,7 @@ def signature(one: dict, rows: list[dict]) -> dict:
     if judge and loses(judge) and (one.get("score_loss") or 0.0) <= (judge.get("score_loss") or 0.0) + eval_stats.SCORE_MARGIN:
         return {"verdict": start + f"k too small (layers that choose their own {cells} lose as much)", "next": more}
     if theta is None:
-        return {"verdict": start + "theta unknown: its sources were not planned by recall", "next": "hylra-gguf embed-policy {model}"}
+        return {"verdict": start + "theta unknown: the policy was not planned for a recall", "next": "hylra-gguf embed-policy {model}"}
     if theta < LOW_THETA:
         return {"verdict": start + f"theta too low ({theta})",
                 "next": f"hylra-gguf embed-policy {{model}} --theta {round((1 + theta) / 2, 3)}"}
@@ -64,9 +64,9 @@ def signature(one: dict, rows: list[dict]) -> dict:
 
 
 def alone(one: dict) -> bool:
-    """Every layer that is not full attends to cells of its own: nothing is reused."""
-    sources = one.get("sources")
-    return bool(sources) and all(source == il for il, (source, mode) in enumerate(zip(sources, one["policy"])) if mode == "R")
+    """Some layers are sparse, and all of these attend to cells of their own: nothing is reused."""
+    sparse = [(il, source) for il, (source, mode) in enumerate(zip(one.get("sources") or [], one["policy"] or "")) if mode in "SR"]
+    return bool(sparse) and all(source == il for il, source in sparse)
 
 
 def same_cells(one: dict, other: dict) -> bool:

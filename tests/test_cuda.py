@@ -146,7 +146,7 @@ def test_layers_on_both_sides_share_a_selection(tiny):
     assert_close(got, run(tiny, p)[0], run(tiny, full_like(p))[0])
 
 
-@pytest.mark.skipif(gpu_count() < 2, reason="one GPU")
+@pytest.mark.skipif(gpu_count() < 2, reason="fewer than two GPUs")
 @pytest.mark.parametrize("sparse_select", [None, (0, 1, 0, 0, 0, 0, 0, 0)], ids=["dense select", "sparse select"])
 def test_layers_split_over_two_gpus_share_a_selection(tmp_path, sparse_select):
     """Layer 1 selects on the first GPU for the reuse layers of both."""

@@ -98,15 +98,15 @@ def row(**fields) -> dict:
     ({"verdict": OPEN}, "too wide", "hylra-gguf eval m.gguf -d 8192 --docs 16 --questions 400"),
     ({"sparse_steps": 0}, "never sparse", "hylra-gguf eval m.gguf -d 8192"),
     ({"score_loss": 2.0, "ppl_ratio": 1.02}, "ok, within", "hylra-gguf bench m.gguf -d 8192"),  # chance explains both
-    ({"score_loss": 2.0, "score_loss_low": 0.5, "captured_mass": [0.8, 0.2]}, "k too small", "hylra-gguf embed-policy m.gguf --top-k 4096"),
+    ({"score_loss": 2.0, "score_loss_low": 0.5, "captured_mass": [0.8, 0.2]}, "k too small (select layers hold 0.8", "hylra-gguf embed-policy m.gguf --top-k 4096"),
     ({"ppl_ratio": 1.05, "ppl_ratio_low": 1.02, "theta": 0.8}, "theta too low", "hylra-gguf embed-policy m.gguf --theta 0.9"),
     ({"ppl_ratio": 1.05, "ppl_ratio_low": 1.02, "theta": 0.8, "captured_mass": [0.8, 0.2]}, "theta too low", "hylra-gguf embed-policy m.gguf --theta 0.9"),
-    ({"ppl_ratio": 1.05, "ppl_ratio_low": 1.02, "theta": None}, "not planned by recall", "hylra-gguf embed-policy m.gguf"),
+    ({"ppl_ratio": 1.05, "ppl_ratio_low": 1.02, "theta": None}, "not planned for a recall", "hylra-gguf embed-policy m.gguf"),
     ({"ppl_ratio": 1.05, "ppl_ratio_low": 1.02}, "the profile does not match this text", "hylra-gguf embed-policy m.gguf -f TEXT --minutes 10"),
 ])
 def test_the_verdict_names_the_failure_and_what_to_do(fields, words, command):
-    dense = row(arm="dense", score_loss=9.0)
-    found = eval_verdict.verdict([dense, row(**fields)], "m.gguf")
+    dense = row(arm="dense", score_loss=9.0, policy="FFF", sources=[-1, -1, -1])
+    found = eval_verdict.verdict([dense, row(**fields)], "m.gguf")  # dense layers reuse nothing and judge nothing
     assert words in found["verdict"] and found["next"] == command
 
 
@@ -117,8 +117,10 @@ def test_the_verdict_names_the_failure_and_what_to_do(fields, words, command):
     ("sister10-32k", "hylra:for8192", "theta too low (0.93)"),
     ("theta-8k", "hylra:theta0.50", "theta too low (0.5)"),
     ("theta-8k", "hylra:theta0.85", "theta too low (0.85)"),
-    ("strategies-8k", "hylra:tidal-2-13", "not planned by recall"),
-    ("strategies-32k", "hylra:random4", "not planned by recall"),
+    ("strategies-8k", "hylra:tidal-2-13", "not planned for a recall"),
+    ("strategies-32k", "hylra:random4", "not planned for a recall"),
+    ("strategies-32k", "hylra:own", "k too small"),  # perplexity x 1.016, and nothing is reused
+    ("sister8-1", "hylra:own", "k too small"),
     ("text-plan-8k", "hylra:dense7", "the profile does not match this text"),
 ])
 def test_the_verdict_of_recorded_losses(result, arm, words):
