@@ -163,7 +163,7 @@ import json, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if flags["--isa"] == "ref":
     sys.exit("bench-kernels: --isa ref: this build or machine does not have it")
-print(json.dumps({{**json.loads('{result}'), "isa": flags["--isa"], "type": flags["--type"], "n_kv": int(flags["--n-kv"])}}))
+print(json.dumps([{{**json.loads('{result}'), "isa": flags["--isa"], "type": flags["--type"], "n_kv": int(flags["--n-kv"])}}]))
 """
 
 

@@ -1,7 +1,8 @@
-// Times one attention layer of the engine's CPU kernels beside the read bandwidth of this machine, in the same run, and prints JSON.
+// Times one attention layer of the engine's CPU kernels beside the read bandwidth of this machine, in the same run, and prints JSON: an
+// array with a row per number of cells. All of them are measured in turn, so that what differs between rows is the cells, not the hour.
 // One sequence, one token; it measures kernels and nothing else (llama.cpp's graph and weights are `hylra-gguf bench`).
 //
-//   bench-kernels [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 32768] [--top-k 1024] [--lists 8] [--type f16|q8_0|bf16|f32|q4_0]
+//   bench-kernels [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 32768,...] [--top-k 1024] [--lists 8] [--type f16|q8_0|bf16|f32|q4_0]
 //                 [--threads 2] [--repetitions 9] [--isa avx512vnni|avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|scores|reuse|rows|read]
 //
 // --cache hot: nothing is read between the arms, so that a few cells stay in the processor's cache and only arithmetic is left.
@@ -31,7 +32,8 @@
 namespace {
 
 struct options {
-    int heads = 32, kv_heads = 8, head_size = 128, n_kv = 32768, top_k = 1024, lists = 8, threads = 2, repetitions = 9;
+    int heads = 32, kv_heads = 8, head_size = 128, n_kv = 0, top_k = 1024, lists = 8, threads = 2, repetitions = 9;
+    std::vector<int> lengths{32768}; // n_kv of the layers that are measured
     ggml_type type = GGML_TYPE_F16;
     std::string isa, cache = "cold", only;
 };
@@ -87,20 +89,19 @@ struct cache {
 };
 
 std::unique_ptr<uint8_t[]> random_rows(const options & o, size_t head_bytes, unsigned seed) {
-    const size_t size_bytes = size_t(o.n_kv)*o.kv_heads*head_bytes;
-    std::vector<float> values(o.head_size);
-    std::vector<uint8_t> one(head_bytes);
+    constexpr int N_SAMPLE = 2048;
+    const size_t n_row = size_t(o.n_kv)*o.kv_heads, size_bytes = n_row*head_bytes;
+    std::vector<float> values(size_t(o.head_size)*N_SAMPLE);
+    std::vector<uint8_t> samples(head_bytes*N_SAMPLE);
     std::unique_ptr<uint8_t[]> rows(new uint8_t[size_bytes]);
     hylra_advise_huge_pages(rows.get(), size_bytes);
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;
-    for (size_t i = 0; i < size_t(o.n_kv)*o.kv_heads; ++i) {
-        if (i % 64 == 0) { // fresh numbers now and then: a normal deviate costs more than all that is measured
-            for (float & x : values) { x = normal(rng); }
-            ggml_quantize_chunk(o.type, values.data(), one.data(), 0, 1, o.head_size, nullptr);
-            if (o.type == GGML_TYPE_F32) { memcpy(one.data(), values.data(), head_bytes); }
-        }
-        memcpy(&rows[i*head_bytes], one.data(), head_bytes);
+    for (float & x : values) { x = normal(rng); }
+    ggml_quantize_chunk(o.type, values.data(), samples.data(), 0, N_SAMPLE, o.head_size, nullptr);
+    if (o.type == GGML_TYPE_F32) { memcpy(samples.data(), values.data(), samples.size()); }
+    for (size_t i = 0; i < n_row; ++i) { // drawn from a few, as a normal deviate costs more than all that is measured; neighbours are unlike
+        memcpy(&rows[i*head_bytes], &samples[rng() % N_SAMPLE*head_bytes], head_bytes);
     }
     return rows;
 }
@@ -147,7 +148,7 @@ struct bench {
     bench(const options & o, const hylra_kernels & kernels, const hylra_attn & a) : o(o), kernels(kernels),
         scores(size_t(o.n_kv)*o.lists), out(size_t(o.heads)*o.head_size), cells(size_t(o.top_k)*o.lists), head_list(o.kv_heads) {
         for (int head = 0; head < o.kv_heads; ++head) { head_list[head] = o.lists == 1 ? 0 : head; }
-        for (size_t i = 0; i < cells.size(); ++i) { cells[i] = int32_t(i % o.top_k*o.n_kv/o.top_k); } // until `choose` has run
+        for (int list = 0; list < o.lists; ++list) { draw_cells(&cells[size_t(list)*o.top_k], list); } // until `choose` has run
         dense       = place(a, dense_scratch, false);
         with_weights = place(a, weights_scratch, true);
         scoring = with_weights; // as a sparse select layer does it
@@ -157,6 +158,14 @@ struct bench {
         listed.n_cells = o.top_k;
         listed.lists   = o.lists;
         sparse = place(listed, sparse_scratch, false);
+    }
+
+    // top_k of all cells, any of them as likely, ascending: at regular distances memory is faster
+    void draw_cells(int32_t * list, unsigned seed) const {
+        std::mt19937 rng(seed);
+        for (int cell = 0, n = 0; n < o.top_k; ++cell) {
+            if (int(rng() % (o.n_kv - cell)) < o.top_k - n) { list[n++] = cell; }
+        }
     }
 
     hylra_job place(const hylra_attn & a, std::vector<float> & scratch, bool weights) {
@@ -226,14 +235,20 @@ double median(std::vector<double> x) {
 
 // ---- command line
 
-int number(const char * text, const char * flag) {
-    char * end = nullptr;
-    const long n = strtol(text, &end, 10);
-    if (*end || n < 1 || n > 1 << 24) {
-        fprintf(stderr, "bench-kernels: %s %s: expected a whole number above 0\n", flag, text);
-        exit(2);
+// one number, or several between commas
+std::vector<int> numbers_of(const char * text, const char * flag, bool several) {
+    std::vector<int> found;
+    for (const char * at = text; ; ++at) {
+        char * end = nullptr;
+        const long n = strtol(at, &end, 10);
+        if (end == at || (*end && (*end != ',' || !several)) || n < 1 || n > 1 << 24) {
+            fprintf(stderr, "bench-kernels: %s %s: expected %s above 0\n", flag, text, several ? "whole numbers" : "a whole number");
+            exit(2);
+        }
+        found.push_back(int(n));
+        at = end;
+        if (!*at) { return found; }
     }
-    return int(n);
 }
 
 ggml_type type_of(const std::string & name) {
@@ -247,19 +262,20 @@ ggml_type type_of(const std::string & name) {
 options parse(int argc, char ** argv) {
     options o;
     const std::map<std::string, int *> numbers = { { "--heads", &o.heads }, { "--kv-heads", &o.kv_heads }, { "--head-size", &o.head_size },
-        { "--n-kv", &o.n_kv }, { "--top-k", &o.top_k }, { "--lists", &o.lists }, { "--threads", &o.threads }, { "--repetitions", &o.repetitions } };
+        { "--top-k", &o.top_k }, { "--lists", &o.lists }, { "--threads", &o.threads }, { "--repetitions", &o.repetitions } };
     const std::map<std::string, std::string *> words = { { "--isa", &o.isa }, { "--cache", &o.cache }, { "--only", &o.only } };
     for (int i = 1; i < argc; ++i) {
         const std::string flag = argv[i];
-        const bool known = numbers.count(flag) || words.count(flag) || flag == "--type";
+        const bool known = numbers.count(flag) || words.count(flag) || flag == "--type" || flag == "--n-kv";
         if (!known || i + 1 == argc) {
             fprintf(stderr, "bench-kernels: %s: %s; see the head of tools/bench_kernels.cpp\n", argv[i], known ? "value missing" : "unknown flag");
             exit(2);
         }
         const char * value = argv[++i];
         if (flag == "--type")       { o.type = type_of(value); }
+        else if (flag == "--n-kv")  { o.lengths = numbers_of(value, "--n-kv", true); }
         else if (words.count(flag)) { *words.at(flag) = value; }
-        else                        { *numbers.at(flag) = number(value, flag.c_str()); }
+        else                        { *numbers.at(flag) = numbers_of(value, flag.c_str(), false)[0]; }
     }
     const auto one_of = [](const std::string & word, std::initializer_list<const char *> words, const char * flag) {
         if (std::find(words.begin(), words.end(), word) != words.end()) { return; }
@@ -268,12 +284,125 @@ options parse(int argc, char ** argv) {
     };
     one_of(o.cache, { "cold", "hot" }, "--cache");
     one_of(o.only, { "", "full", "select", "scores", "reuse", "rows", "read" }, "--only");
-    if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > o.n_kv || o.head_size % ggml_blck_size(o.type)) {
+    if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > *std::min_element(o.lengths.begin(), o.lengths.end()) || o.head_size % ggml_blck_size(o.type)) {
         fprintf(stderr, "bench-kernels: heads must be a multiple of kv-heads, lists 1 or kv-heads, top-k at most n-kv, head-size whole blocks\n");
         exit(2);
     }
     return o;
 }
+
+// ---- one layer
+
+struct arm {
+    const char * name;
+    double bytes; // that it has to read from memory; 0: it reads what the arm before has written
+    std::function<void(int, int)> run;
+    std::vector<double> seconds;
+};
+
+std::vector<float> random_query(const options & o) {
+    std::vector<float> q(size_t(o.heads)*o.head_size);
+    std::mt19937 rng(3);
+    std::normal_distribution<float> normal;
+    for (float & x : q) { x = normal(rng); }
+    return q;
+}
+
+struct layer {
+    const options o;
+    const cache c;
+    const std::vector<float> q;
+    const std::vector<ggml_fp16_t> mask;
+    bench b;
+    std::vector<arm> arms;
+
+    layer(const options & given, const hylra_kernels & kernels) : o(given), c(make_cache(o)), q(random_query(o)), mask(o.n_kv, ggml_fp16_t(0)),
+        b(o, kernels, make_attn(o, c, q.data(), mask.data())) {
+        const double dense = 2.0*c.row_bytes*o.n_kv, listed = 2.0*c.head_bytes*o.kv_heads*o.top_k;
+        add("full",          dense,   [this](int i, int n) { b.attend(b.dense, i, n); });
+        add("full_reduce",   0,       [this](int i, int n) { b.reduce(b.dense, i, n); });
+        add("select_attend", dense,   [this](int i, int n) { b.attend(b.with_weights, i, n); });
+        add("select_reduce", 0,       [this](int i, int n) { b.reduce(b.with_weights, i, n); });
+        add("select_pool",   0,       [this](int i, int n) { b.pool(i, n); });
+        add("select_choose", 0,       [this](int i, int n) { b.choose(i, n); });
+        add("scores",        dense/2, [this](int i, int n) { b.attend(b.scoring, i, n); });
+        add("reuse",         listed,  [this](int i, int n) { b.attend(b.sparse, i, n); });
+        add("reuse_reduce",  0,       [this](int i, int n) { b.reduce(b.sparse, i, n); });
+        add("rows",          listed,  [this](int i, int n) { b.read_rows(c, i, n); });
+    }
+
+    void add(const char * name, double bytes, std::function<void(int, int)> run) {
+        if (strncmp(name, o.only.c_str(), o.only.size()) == 0) { arms.push_back({ name, bytes, std::move(run), {} }); }
+    }
+
+    void print(double read_bytes_per_s) const {
+        printf("{\"isa\": \"%s\", \"type\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_size\": %d, \"n_kv\": %d, \"top_k\": %d, "
+               "\"lists\": %d, \"threads\": %d, \"repetitions\": %d, \"read_bytes_per_s\": %.4g", b.kernels.isa, ggml_type_name(o.type),
+               o.heads, o.kv_heads, o.head_size, o.n_kv, o.top_k, o.lists, o.threads, o.repetitions, read_bytes_per_s);
+        for (const arm & one : arms) {
+            const double s = median(one.seconds);
+            printf(",\n \"%s_ms\": %.4f", one.name, s*1e3);
+            if (one.bytes > 0) {
+                printf(", \"%s_bytes\": %.0f, \"%s_of_read\": %.3f", one.name, one.bytes, one.name, one.bytes/s/read_bytes_per_s);
+            }
+        }
+        printf("}");
+    }
+};
+
+// A layer for each length, which takes its turn at every arm. The first round warms up and is not counted.
+class run {
+public:
+    run(const options & o, const hylra_kernels & kernels) : o(o), t(o.threads), buffer((size_t(256) << 20)/sizeof(uint64_t), 1) {
+        for (int n_kv : o.lengths) {
+            options one = o;
+            one.n_kv = n_kv;
+            layers.emplace_back(new layer(one, kernels));
+        }
+    }
+
+    void all() {
+        if (o.cache == "hot") { bandwidth.push_back(read_bytes_per_s(t, buffer)); }
+        for (int r = 0; r <= o.repetitions; ++r) {
+            if (o.only == "read") { empty_caches(r > 0); }
+            for (size_t i = 0, next = 0; i < layers[0]->arms.size(); i = next) {
+                for (auto & layer : layers) { next = with_followers(layer->arms, i, r > 0); }
+            }
+        }
+    }
+
+    void print() const {
+        for (size_t i = 0; i < layers.size(); ++i) {
+            printf(i ? ",\n" : "[");
+            layers[i]->print(median(bandwidth));
+        }
+        printf("]\n");
+    }
+
+private:
+    // reads as much as no cache holds: no arm finds its data where another has left it
+    void empty_caches(bool counts) {
+        if (o.cache == "hot") { return; }
+        const double read = read_bytes_per_s(t, buffer);
+        if (counts) { bandwidth.push_back(read); }
+    }
+
+    // arm i and those that read what it has written; the index of the one after them
+    size_t with_followers(std::vector<arm> & arms, size_t i, bool counts) {
+        empty_caches(counts);
+        do {
+            const double s = t.run(arms[i].run);
+            if (counts) { arms[i].seconds.push_back(s); }
+        } while (++i < arms.size() && arms[i].bytes == 0);
+        return i;
+    }
+
+    const options & o;
+    team t;
+    std::vector<uint64_t> buffer;
+    std::vector<std::unique_ptr<layer>> layers;
+    std::vector<double> bandwidth;
+};
 
 } // namespace
 
@@ -285,58 +414,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
     ggml_time_init();
-    const cache c = make_cache(o);
-    std::vector<float> q(size_t(o.heads)*o.head_size);
-    std::mt19937 rng(3);
-    std::normal_distribution<float> normal;
-    for (float & x : q) { x = normal(rng); }
-    const std::vector<ggml_fp16_t> mask(o.n_kv, ggml_fp16_t(0));
-    bench b(o, *kernels, make_attn(o, c, q.data(), mask.data()));
-    // a second cache-sized buffer, read between the arms: no arm finds its data in a cache that the one before has filled
-    std::vector<uint64_t> buffer((size_t(256) << 20)/sizeof(uint64_t), 1);
-
-    const double dense_bytes = 2.0*c.row_bytes*o.n_kv, sparse_bytes = 2.0*c.head_bytes*o.kv_heads*o.top_k;
-    struct arm { const char * name; double bytes; std::function<void(int, int)> run; };
-    const arm arms[] = {
-        { "full",          dense_bytes,  [&](int i, int n) { b.attend(b.dense, i, n); } },
-        { "full_reduce",   0,            [&](int i, int n) { b.reduce(b.dense, i, n); } },
-        { "select_attend", dense_bytes,  [&](int i, int n) { b.attend(b.with_weights, i, n); } },
-        { "select_reduce", 0,            [&](int i, int n) { b.reduce(b.with_weights, i, n); } },
-        { "select_pool",   0,            [&](int i, int n) { b.pool(i, n); } },
-        { "select_choose", 0,            [&](int i, int n) { b.choose(i, n); } },
-        { "scores",        dense_bytes/2, [&](int i, int n) { b.attend(b.scoring, i, n); } },
-        { "reuse",         sparse_bytes, [&](int i, int n) { b.attend(b.sparse, i, n); } },
-        { "rows",          sparse_bytes, [&](int i, int n) { b.read_rows(c, i, n); } },
-        { "reuse_reduce",  0,            [&](int i, int n) { b.reduce(b.sparse, i, n); } },
-    };
-    team t(o.threads);
-    std::map<std::string, std::vector<double>> seconds;
-    std::vector<double> bandwidth(o.cache == "hot", read_bytes_per_s(t, buffer));
-    const auto read_once = [&](int round) {
-        if (o.cache == "hot") { return; }
-        const double read = read_bytes_per_s(t, buffer);
-        if (round > 0) { bandwidth.push_back(read); }
-    };
-    for (int r = 0; r <= o.repetitions; ++r) { // the first round warms up
-        if (o.only == "read") { read_once(r); }
-        for (const arm & one : arms) {
-            if (strncmp(one.name, o.only.c_str(), o.only.size()) != 0) { continue; }
-            if (one.bytes > 0) { read_once(r); }
-            const double s = t.run(one.run);
-            if (r > 0) { seconds[one.name].push_back(s); }
-        }
-    }
-    const double read = median(bandwidth);
-    printf("{\"isa\": \"%s\", \"type\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_size\": %d, \"n_kv\": %d, \"top_k\": %d, \"lists\": %d, "
-           "\"threads\": %d, \"repetitions\": %d, \"read_bytes_per_s\": %.4g", kernels->isa, ggml_type_name(o.type), o.heads, o.kv_heads, o.head_size,
-           o.n_kv, o.top_k, o.lists, o.threads, o.repetitions, read);
-    for (const arm & one : arms) {
-        if (!seconds.count(one.name)) { continue; }
-        const double s = median(seconds[one.name]);
-        printf(",\n \"%s_ms\": %.4f", one.name, s*1e3);
-        if (one.bytes > 0) {
-            printf(", \"%s_bytes\": %.0f, \"%s_of_read\": %.3f", one.name, one.bytes, one.name, one.bytes/s/read);
-        }
-    }
-    printf("}\n");
+    run r(o, *kernels);
+    r.all();
+    r.print();
 }

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Callable
 
 
-def rows_of(command: list[str]) -> dict:
-    """One row of bench-kernels"""
+def rows_of(command: list[str]) -> list[dict]:
+    """What bench-kernels prints: a row per number of cells"""
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

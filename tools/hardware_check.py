@@ -91,8 +91,8 @@ def kernel_command(args, isa: str, kind: str, n_kv: int, top_k: int, **flags: ob
 
 
 def measure_layer(args, isa: str, kind: str, n_kv: int, counting: bool) -> list[dict]:
-    cold = json.loads(output_of(kernel_command(args, isa, kind, n_kv, args.top_k, threads=args.threads, repetitions=args.repetitions)))
-    hot = json.loads(output_of(kernel_command(args, isa, kind, HOT_CELLS, HOT_CELLS, threads=1, repetitions=HOT_REPETITIONS, cache="hot")))
+    [cold] = json.loads(output_of(kernel_command(args, isa, kind, n_kv, args.top_k, threads=args.threads, repetitions=args.repetitions)))
+    [hot] = json.loads(output_of(kernel_command(args, isa, kind, HOT_CELLS, HOT_CELLS, threads=1, repetitions=HOT_REPETITIONS, cache="hot")))
     return layer_rows(cold, hot, layer_counts(args, isa, kind, n_kv, counting))
 
 

@@ -27,7 +27,7 @@ HEAD = "| KV | query heads, KV heads, head size | full | scores | reuse |\n| ---
 def times_ms(program: str, kind: str, shape: tuple[int, int, int], isa: str) -> list[float]:
     heads, kv_heads, head_size = map(str, shape)
     command = [program, *FLAGS, "--type", kind, "--isa", isa, "--heads", heads, "--kv-heads", kv_heads, "--head-size", head_size, "--lists", kv_heads]
-    row = rows_of(command)
+    [row] = rows_of(command)
     return [row[f"{arm}_ms"] for arm in ARMS]
 
 

@@ -38,10 +38,9 @@ def table(result: dict) -> str:
 def measure(args: argparse.Namespace) -> dict:
     rows = []
     for kind in args.type.split(","):
-        for n_kv in args.n_kv.split(","):
-            command = [args.source, "--n-kv", n_kv, "--type", kind, "--threads", args.threads, "--repetitions", args.repetitions]
-            print(shlex.join(command), file=sys.stderr)
-            rows.append(rows_of(command))
+        command = [args.source, "--n-kv", args.n_kv, "--type", kind, "--threads", args.threads, "--repetitions", args.repetitions]
+        print(shlex.join(command), file=sys.stderr)
+        rows += rows_of(command)
     command = ["kernel_rows.py", Path(args.source).name, *(word for word in sys.argv[1:] if word != args.source)] # where it lies is the machine's affair
     return {"machine": cpu_info(), "commit": commit(), "command": shlex.join(command), "rows": rows}
 

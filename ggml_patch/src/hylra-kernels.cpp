@@ -82,6 +82,7 @@ struct worker {
     const int n_k;   // padded head sizes
     const int n_v;
     const int group; // query heads per KV head
+    const int n_tile;
 
     alignas(64) float q_room[MAX_HEADS*HYLRA_MAX_EMBD];
     const float * packed = nullptr; // [n_k, n_head, n_tokens] queries of the task, if the type of K has its own form of them
@@ -89,7 +90,7 @@ struct worker {
 
     // room: [2*TILE*HYLRA_MAX_EMBD], touched only by types and head sizes without kernels of their own
     worker(const hylra_job & job, int chunk, int stream, float * room) : job(job), a(job.attn), chunk(chunk), stream(stream),
-        n_k(hylra_padded(a.n_embd_k)), n_v(hylra_padded(a.n_embd_v)), group(a.n_head/a.n_head_kv),
+        n_k(hylra_padded(a.n_embd_k)), n_v(hylra_padded(a.n_embd_v)), group(a.n_head/a.n_head_kv), n_tile(hylra_n_tile(a.n_kv)),
         k(a.k, a.k_nb, stream, a.type_k, a.n_embd_k, job.k_to_float, room),
         v(a.v, a.v_nb, stream, a.type_v, a.n_embd_v, job.v_to_float, room + TILE*HYLRA_MAX_EMBD) {}
 
@@ -124,12 +125,15 @@ struct worker {
         return room;
     }
 
-    void write_weights(const float * s, float peak, int token, int head, int tile) const {
-        float * w = hylra_weights(job, stream, token, head, tile);
-        memcpy(w, s, sizeof(float)*TILE);
-        hylra_peaks(job, stream, token, head)[tile] = peak;
-        for (int i = 0; i < TILE; i += 16) { // where the next tile's go: a store that misses holds up those behind it
-            __builtin_prefetch(w + group*TILE + i, 1, 2);
+    // of n heads of one group, which lie behind each other
+    void write_weights(const float (*s)[TILE], float * const * state, int token, int head, int n, int tile) const {
+        float * w = hylra_weights(job, stream, token, head, tile), * peak = hylra_peaks(job, stream, token, head) + tile;
+        for (int h = 0; h < n; ++h, w += TILE, peak += n_tile) {
+            memcpy(w, s[h], sizeof(float)*TILE);
+            *peak = state[h][0];
+            for (int i = 0; i < TILE; i += 16) { // where the next tile's go: a store that misses holds up those behind it
+                __builtin_prefetch(w + group*TILE + i, 1, 2);
+            }
         }
     }
 
@@ -152,9 +156,9 @@ struct worker {
             if (factor[h] != 1.0f && !job.scores_only) {
                 scale_row(acc[h], n_v, factor[h]);
             }
-            if (job.weights) {
-                write_weights(s[h], state[h][0], token, head + h, b.first/TILE);
-            }
+        }
+        if (job.weights) {
+            write_weights(s, state, token, head, n, b.first/TILE);
         }
         if (!job.scores_only) {
             v.kernels->accumulate[n - 1](s, v_rows, b.n, v.n_step, acc);
@@ -234,9 +238,15 @@ struct worker {
             }
         }
         k.advance(next);
-        v.advance(next);
+        if (!job.scores_only) {
+            v.advance(next);
+        }
         for (int head_kv = 0; n > 0 && head_kv < a.n_head_kv; ++head_kv) {
-            const tile_rows k_rows = k.rows(b, head_kv, head_kv), v_rows = v.rows(b, head_kv, head_kv);
+            const tile_rows k_rows = k.rows(b, head_kv, head_kv), v_rows = job.scores_only ? tile_rows{} : v.rows(b, head_kv, head_kv);
+            if (b.list && head_kv == 0) {
+                k_rows.translate_next_all();
+                v_rows.translate_next_all();
+            }
             for (int i = 0; i < n; ++i) {
                 attend_group(b, k_rows, v_rows, tokens[i], head_kv, bias[i]);
             }
@@ -296,8 +306,11 @@ struct worker {
         alignas(64) float bias[TILE];
         k.advance(next);
         v.advance(next);
+        const tile_rows k_rows = k.rows(b, head_kv, next_head), v_rows = v.rows(b, head_kv, next_head);
+        k_rows.translate_next_all();
+        v_rows.translate_next_all();
         if (b.n > 0 && read_bias(b, token, bias)) {
-            attend_group(b, k.rows(b, head_kv, next_head), v.rows(b, head_kv, next_head), token, head_kv, bias);
+            attend_group(b, k_rows, v_rows, token, head_kv, bias);
         }
     }
 };
