@@ -235,11 +235,9 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     constexpr bool V_EARLY = EMBD_V*WIDE <= 128; // V under way while K is computed: where registers allow
     constexpr bool ONCE    = !SPLIT; // else each warp of a block reads the row
     __shared__ uint4  q_frags[SPLIT ? HYLRA_CUDA_WARPS*Q_FRAGS : Q_FRAGS];
-    __shared__ float  merge[SPLIT || SCORES ? 1 : HYLRA_CUDA_WARPS*8*(EMBD_V + 1)];
+    __shared__ __align__(8) float merge[SPLIT || SCORES ? 1 : HYLRA_CUDA_WARPS*HYLRA_SHARED_FLOATS<EMBD_V>];
     __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
 
-    hylra_await();
-    hylra_release();
     const hylra_attn & a = job.attn;
     const hylra_cuda_plan & p = job.plan;
     const int lane = threadIdx.x%32, warp = threadIdx.x/32, t = lane%4;
@@ -268,6 +266,8 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     const int step = SPLIT ? HYLRA_CUDA_TILE : HYLRA_CUDA_TILE*HYLRA_CUDA_WARPS;
     int first = chunk*p.chunk_cells + (SPLIT ? 0 : warp*HYLRA_CUDA_TILE);
 
+    hylra_await(); // as late as possible: what comes before overlaps with the kernels before this one
+    hylra_release();
     hylra_tile<WIDE> next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first, end);
     uint4 * q = q_frags + (SPLIT ? warp*Q_FRAGS : 0);
     hylra_stage_q<TYPE, EMBD_K, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q, SPLIT ? lane : threadIdx.x, SPLIT ? 32 : 32*HYLRA_CUDA_WARPS);

@@ -55,23 +55,23 @@ static __device__ __forceinline__ void load_parts(const float * parts, int n_emb
 
 static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const __grid_constant__ hylra_cuda_job job, float * out) {
     __shared__ float factors[HYLRA_CUDA_MAX_CHUNKS];
-    hylra_await();
-    hylra_release();
     const hylra_attn & a = job.attn;
     const int row = blockIdx.x, n_chunk = job.plan.n_chunk;
     const float * parts = (const float *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*a.n_embd_v;
     const int lane = threadIdx.x%REDUCE_DIMS, first = threadIdx.x/REDUCE_DIMS;
+    int32_t * bins = (int32_t *) (job.scratch + job.layout.bins);
+    const int n_bin = job.select_lists*a.n_tokens*a.n_stream*HYLRA_CUDA_BINS;
+    for (int i = row*REDUCE_THREADS + threadIdx.x; i < n_bin; i += gridDim.x*REDUCE_THREADS) {
+        bins[i] = 0; // attend, which may still run, has nothing to do with them, and what came before it has ended
+    }
     float x[REDUCE_PARTS];
+    hylra_await();
+    hylra_release();
     if (!job.plan.scores_only) {
         load_parts(parts, a.n_embd_v, n_chunk, first, lane, x); // on their way while the factors are computed
     }
     if (threadIdx.x < 32) {
         chunk_factors(job, row, factors);
-    }
-    int32_t * bins = (int32_t *) (job.scratch + job.layout.bins);
-    const int n_bin = job.select_lists*a.n_tokens*a.n_stream*HYLRA_CUDA_BINS;
-    for (int i = row*REDUCE_THREADS + threadIdx.x; i < n_bin; i += gridDim.x*REDUCE_THREADS) {
-        bins[i] = 0;
     }
     if (job.plan.scores_only) {
         return;
@@ -207,14 +207,14 @@ static __global__ void __launch_bounds__(N_THREADS, 1024/N_THREADS) pool_kernel(
     for (int i = threadIdx.x; i < CELLS/32; i += N_THREADS) {
         marks[i] = 0;
     }
-    hylra_await();
-    hylra_release();
     const hylra_attn & a = job.attn;
     const int column = blockIdx.y/job.select_lists; // token of the batch
     const pool_row row = { column/a.n_tokens, column%a.n_tokens, int(blockIdx.y)%job.select_lists };
     const int first_quad = blockIdx.x*QUADS*N_THREADS + threadIdx.x, n_quad = a.n_kv/4, begin = blockIdx.x*CELLS;
     const uint2 * mask = (const uint2 *) ((const char *) a.mask + row.token*a.mask_nb[1] + row.stream*a.mask_nb[3]);
     uint2 masked[QUADS];
+    hylra_await();
+    hylra_release();
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) {
         masked[i] = a.mask ? mask[min(first_quad + i*N_THREADS, n_quad - 1)] : make_uint2(0, 0);

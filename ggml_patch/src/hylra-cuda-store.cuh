@@ -91,10 +91,14 @@ static __device__ void hylra_store_split(const hylra_cuda_job & job, int chunk, 
     }
 }
 
+// Where a warp's outputs of a column begin in shared memory. Odd columns come after even ones, and rows are two values longer than a head: so the stores
+// of half a warp, of two dimensions each, fall into different banks.
+template <int EMBD_V> constexpr int HYLRA_SHARED_FLOATS = 8*(EMBD_V + 2); // of a warp
+template <int EMBD_V> static __device__ __forceinline__ int hylra_shared_row(int warp, int column) { return (warp*8 + column%2*4 + column/2)*(EMBD_V + 2); }
+
 // The warps of a block have seen different cells: their states and outputs of one group of columns go where the block can add them.
 template <int TYPE, int EMBD_V>
-static __device__ __forceinline__ void hylra_share_outputs(const hylra_softmax & state, const float (&out)[EMBD_V/16][4], float * shared /* [warps][8][EMBD_V + 1] */,
-                                                           float2 (*norms)[8] /* [warps] */) {
+static __device__ __forceinline__ void hylra_share_outputs(const hylra_softmax & state, const float (&out)[EMBD_V/16][4], float * shared, float2 (*norms)[8] /* [warps] */) {
     const int lane = threadIdx.x%32, warp = threadIdx.x/32, g = lane/4, t = lane%4;
     __syncthreads();
     if (g == 0) {
@@ -104,8 +108,8 @@ static __device__ __forceinline__ void hylra_share_outputs(const hylra_softmax &
 #pragma unroll
     for (int m = 0; m < EMBD_V/16; ++m) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            shared[(warp*8 + 2*t + i%2)*(EMBD_V + 1) + hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + i/2)] = out[m][i];
+        for (int c = 0; c < 2; ++c) {
+            *(float2 *) &shared[hylra_shared_row<EMBD_V>(warp, 2*t + c) + hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2)] = make_float2(out[m][c], out[m][2 + c]);
         }
     }
     __syncthreads();
@@ -142,7 +146,7 @@ static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk,
     for (int d = part; d < job.attn.n_embd_v; d += 16) {
         float x = 0.0f;
         for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
-            x += factor[w]*shared[(w*8 + column_in_group)*(EMBD_V + 1) + d];
+            x += factor[w]*shared[hylra_shared_row<EMBD_V>(w, column_in_group) + d];
         }
         to[d] = x;
     }
