@@ -20,7 +20,7 @@ void begin(pthread_barrier_t * cluster, const char * const * bases) {
 void run(int rank, int thread, const float * scores, const int32_t * first_bins, int n_kv, int top_k, int32_t * cells, hylra_meter * meter) {
     threadIdx = dim3(thread);
     blockIdx  = dim3(rank, 0);
-    choose_in_cluster_kernel(scores, first_bins, n_kv, top_k, cells, meter);
+    choose_in_cluster_kernel<2>(scores, first_bins, n_kv, top_k, cells, meter);
 }
 
 }
