@@ -39,9 +39,9 @@ int main() {
         const bool columns = p.n_group*8 >= p.n_column && p.n_word*2 >= (p.n_group == 1 ? p.n_column : 8) && (p.n_block_column - 1)*(p.split ? 4 : p.wide)*8 < p.n_column;
         const bool cells   = p.n_chunk >= 1 && p.n_chunk <= HYLRA_CUDA_MAX_CHUNKS && long(p.n_chunk)*p.chunk_cells >= n && long(p.n_chunk - 1)*p.chunk_cells < n;
         const bool tiles   = p.chunk_cells % (p.split ? 16 : 64) == 0 && !(p.split && p.wide > 1);
-        const bool order   = l.norms >= size_t(scores_only ? 0 : rows*p.n_chunk*size[1]*4) && l.totals - l.norms >= size_t(rows*p.n_chunk*8) && l.peaks - l.totals >= size_t(rows*8) &&
+        const bool order   = l.norms >= size_t(scores_only ? 0 : rows*p.n_chunk*size[1]*4) && l.peaks - l.norms >= size_t(rows*p.n_chunk*8) &&
                              l.weights - l.peaks >= size_t(groups*((n_kv + 15)/16)*32) && l.bins - l.weights >= size_t(groups*n_kv*p.n_word*4) && l.size >= l.bins;
-        const bool aligned = (l.norms | l.totals | l.peaks | l.weights | l.bins) % 128 == 0;
+        const bool aligned = (l.norms | l.peaks | l.weights | l.bins) % 128 == 0;
         if (!(columns && cells && tiles && order && aligned)) {
             printf("size %d/%d group %d heads_kv %d tokens %d streams %d n_kv %d listed %d: columns %d cells %d tiles %d order %d aligned %d\n",
                    size[0], size[1], group, heads_kv, tokens, streams, n_kv, listed, columns, cells, tiles, order, aligned);

@@ -206,7 +206,7 @@ struct layers {
         hylra_cuda_choose((const float *) scores.data, bins, n_kv, n_row, n, 1, (int32_t *) cells.data, (hylra_meter *) meters.data, stream);
     }
 
-    // Per layer; parts: how many of attend, reduce, pool, choose
+    // Per layer; parts: how many of attend, pool with reduce, choose, or of attend and reduce (reuse)
     double run_us(mode m, int parts) const {
         device_buffer scratch(job(0, m, nullptr).layout.size);
         const double us = replayed_us([&](cudaStream_t stream) {
@@ -214,9 +214,9 @@ struct layers {
                 const hylra_cuda_job one = job(i, m, scratch.data);
                 if (m == REUSE && parts > 1 && o.cluster && hylra_cuda_reuse(one, (float *) out.data, stream)) { continue; }
                 hylra_cuda_attend(one, stream);
-                if (parts > 1) { hylra_cuda_reduce(one, (float *) out.data, stream); }
-                if (parts > 2) { hylra_cuda_pool(one, (const int32_t *) forced.data, 68, (float *) scores.data, stream); }
-                if (parts > 3) { choose(one, stream); }
+                if (m == REUSE && parts > 1) { hylra_cuda_reduce(one, (float *) out.data, stream); }
+                if (m != REUSE && parts > 1) { hylra_cuda_pool(one, (float *) out.data, (const int32_t *) forced.data, 68, (float *) scores.data, stream); }
+                if (parts > 2) { choose(one, stream); }
             }
         }, o.repetitions);
         return us/n_layer;
@@ -273,8 +273,8 @@ double stock_us(const options & o, int n_kv, int n_layer) {
 void print_row(const options & o, int n_kv, double copy_bytes_per_s, bool first) {
     double stock = 0.0;
     const layers all(o, n_kv);
-    const double attend = all.run_us(SELECT, 1), dense = all.run_us(SELECT, 2), pooled = all.run_us(SELECT, 3), select = all.run_us(SELECT, 4);
-    const double scoring = all.run_us(SCORING, 1), scored = all.run_us(SCORING, 4);
+    const double attend = all.run_us(SELECT, 1), pooled = all.run_us(SELECT, 2), select = all.run_us(SELECT, 3);
+    const double scoring = all.run_us(SCORING, 1), scored = all.run_us(SCORING, 3);
     const double gather = all.run_us(REUSE, 1), reuse = all.run_us(REUSE, 2);
 #ifdef HYLRA_BENCH_STOCK
     stock = stock_us(o, n_kv, all.n_layer);
@@ -283,11 +283,11 @@ void print_row(const options & o, int n_kv, double copy_bytes_per_s, bool first)
     CHECK(cudaGetDeviceProperties(&device, 0));
     const char * commit = getenv("HYLRA_COMMIT");
     printf("%s{\"build_commit\": \"%s\", \"gpu\": \"%s\", \"type\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_size\": %d, \"streams\": %d, \"n_kv\": %d, \"n_layer\": %d, \"top_k\": %d, "
-           "\"copy_gb_per_s\": %.0f, \"stock_us\": %.2f, \"select_us\": %.2f, \"select_attend_us\": %.2f, \"select_reduce_us\": %.2f, \"select_pool_us\": %.2f, "
+           "\"copy_gb_per_s\": %.0f, \"stock_us\": %.2f, \"select_us\": %.2f, \"select_attend_us\": %.2f, \"select_pool_us\": %.2f, "
            "\"select_choose_us\": %.2f, \"cluster\": %s, \"reuse_us\": %.2f, \"reuse_attend_us\": %.2f, \"sparse_select_us\": %.2f, \"sparse_select_scoring_us\": %.2f, "
            "\"select_share_of_copy\": %.3f, \"scoring_share_of_copy\": %.3f, \"reuse_share_of_copy\": %.3f}",
            first ? "[" : ",\n ", commit ? commit : "unknown", device.name, ggml_type_name(o.type), o.heads, o.kv_heads, o.head_size, o.streams, n_kv, all.n_layer, o.top_k, copy_bytes_per_s/1e9,
-           stock, select, attend, dense - attend, pooled - dense, select - pooled, all.in_cluster() ? "true" : "false", reuse, gather,
+           stock, select, attend, pooled - attend, select - pooled, all.in_cluster() ? "true" : "false", reuse, gather,
            scored + reuse, scoring, all.cache_bytes()/attend*1e6/copy_bytes_per_s, all.k_bytes()/scoring*1e6/copy_bytes_per_s, all.listed_bytes()/reuse*1e6/copy_bytes_per_s);
     fflush(stdout);
 }

@@ -197,8 +197,7 @@ verdict run_select(const problem & p, const on_device & d, bool scores_only, std
     device_buffer scores(size_t(p.s.n_kv)*n_row*4), chosen(size_t(top_k)*n_row*4), meters(no_meters);
     job.scratch = (char *) scratch.data;
     hylra_cuda_attend(job, 0);
-    hylra_cuda_reduce(job, (float *) out.data, 0);
-    hylra_cuda_pool(job, (const int32_t *) forced.data, p.n_forced(), (float *) scores.data, 0);
+    hylra_cuda_pool(job, (float *) out.data, (const int32_t *) forced.data, p.n_forced(), (float *) scores.data, 0);
     hylra_cuda_choose((const float *) scores.data, (const int32_t *) (job.scratch + job.layout.bins), p.s.n_kv, n_row, top_k, p.s.block_size,
                       (int32_t *) chosen.data, (hylra_meter *) meters.data, 0);
     std::vector<hylra_meter> all_meters = meters.read<hylra_meter>();

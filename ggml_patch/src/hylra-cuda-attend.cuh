@@ -271,6 +271,9 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     hylra_tile<WIDE> next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first, end);
     uint4 * q = q_frags + (SPLIT ? warp*Q_FRAGS : 0);
     hylra_stage_q<TYPE, EMBD_K, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q, SPLIT ? lane : threadIdx.x, SPLIT ? 32 : 32*HYLRA_CUDA_WARPS);
+    if (!LISTED) {
+        hylra_clear_bins(job);
+    }
     __syncthreads();
     for (; first < end; first += step) {
         hylra_tile<WIDE> tile = next;

@@ -64,7 +64,6 @@ HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_l
 struct hylra_cuda_layout {
     size_t outputs;  // F32 [n_embd_v, n_chunk, rows] unnormalised; none if only scores are wanted
     size_t norms;    // F32 [2, n_chunk, rows] reference of the exponents (base 2) and their sum
-    size_t totals;   // F32 [2, rows] the same over all chunks, the sum inverted
     // of a select layer
     size_t peaks;    // F32 [8, tiles, groups] reference of the weights of a tile
     size_t weights;  // F16 [2*n_word, n_kv, groups]
@@ -80,8 +79,7 @@ HYLRA_HD inline hylra_cuda_layout hylra_cuda_layout_of(const hylra_attn & a, con
     const size_t tiles = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE);
     hylra_cuda_layout l = {};
     l.norms   = l.outputs + (p.scores_only ? 0 : hylra_aligned(rows*p.n_chunk*a.n_embd_v*sizeof(float)));
-    l.totals  = l.norms   + hylra_aligned(rows*p.n_chunk*2*sizeof(float));
-    l.peaks   = l.totals  + hylra_aligned(rows*2*sizeof(float));
+    l.peaks   = l.norms   + hylra_aligned(rows*p.n_chunk*2*sizeof(float));
     l.weights = l.peaks   + hylra_aligned(groups*tiles*HYLRA_CUDA_COLUMNS*sizeof(float));
     l.bins    = l.weights + hylra_aligned(groups*a.n_kv*p.n_word*sizeof(uint32_t));
     l.size    = l.bins    + size_t(select_lists)*a.n_tokens*a.n_stream*HYLRA_CUDA_BINS*sizeof(int32_t);

@@ -38,6 +38,16 @@ struct hylra_softmax { float ref[2], sum[2]; };
 
 // ---- stores
 
+// Empties the bins that pool counts in; of none if no weights are kept.
+static __device__ __forceinline__ void hylra_clear_bins(const hylra_cuda_job & job) {
+    int32_t * bins = (int32_t *) (job.scratch + job.layout.bins);
+    const int n_bin = job.select_lists*job.attn.n_tokens*job.attn.n_stream*HYLRA_CUDA_BINS;
+    const int block = (blockIdx.z*gridDim.y + blockIdx.y)*gridDim.x + blockIdx.x, n_thread = gridDim.z*gridDim.y*gridDim.x*blockDim.x;
+    for (int i = block*int(blockDim.x) + int(threadIdx.x); i < n_bin; i += n_thread) {
+        bins[i] = 0;
+    }
+}
+
 // For pooling: peaks and weights of a tile of a select layer
 static __device__ __forceinline__ void hylra_store_weights(const hylra_cuda_job & job, size_t group, int first, const int (&cell)[2], const hylra_softmax & state, const uint32_t (&p)[2]) {
     const int g = threadIdx.x%32/4, t = threadIdx.x%4, n_kv = job.attn.n_kv;

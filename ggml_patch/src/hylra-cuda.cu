@@ -50,7 +50,7 @@ hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_l
     return job;
 }
 
-// ---- nodes: sources as in hylra-cpu.cpp; pool has the output of reduce as a further source, since reduce prepares its scratch
+// ---- nodes: sources as in hylra-cpu.cpp; pool has reduce's node as a further source, whose work is done in pool's launch
 
 static hylra_cuda_job job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks) {
     const hylra_attn attn = hylra_attn_of_node(op, attend, sinks);
@@ -67,7 +67,12 @@ static void compute_attend(const hylra_op & op, ggml_tensor * node, cudaStream_t
     }
 }
 
+// A select layer's is left to pool, which follows at once: llama_hylra_attn expands both before anything that reads this node, and both run here alone
+// (hylra_cuda_supports).
 static void compute_reduce(const hylra_op & op, ggml_tensor * node, cudaStream_t stream) {
+    if (op.weights) {
+        return;
+    }
     const hylra_cuda_job job = job_of_node(op, node->src[0], node->src[1]);
     if (!in_one_launch(job, (float *) node->data, stream)) {
         hylra_cuda_reduce(job, (float *) node->data, stream);
@@ -75,8 +80,9 @@ static void compute_reduce(const hylra_op & op, ggml_tensor * node, cudaStream_t
 }
 
 static void compute_pool(const hylra_op & op, ggml_tensor * node, cudaStream_t stream) {
-    const ggml_tensor * forced = node->src[2];
-    hylra_cuda_pool(job_of_node(op, node->src[0], node->src[1]), (const int32_t *) forced->data, int(forced->ne[0]), (float *) node->data, stream);
+    const ggml_tensor * forced = node->src[2], * reduced = node->src[3];
+    hylra_cuda_pool(job_of_node(op, node->src[0], node->src[1]), reduced ? (float *) reduced->data : nullptr, (const int32_t *) forced->data, int(forced->ne[0]),
+                    (float *) node->data, stream);
 }
 
 static void compute_choose(const hylra_op & op, ggml_tensor * node, cudaStream_t stream) {

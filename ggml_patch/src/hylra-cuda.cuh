@@ -20,14 +20,15 @@ hylra_cuda_job hylra_cuda_job_of(const hylra_attn & attn, const int32_t * head_l
 
 void hylra_cuda_attend(const hylra_cuda_job & job, cudaStream_t stream);
 
-// out: F32 [n_embd_v, n_head, n_tokens, n_stream], left alone if only scores are wanted; also leaves the normalisers and empty bins for pool
+// out: F32 [n_embd_v, n_head, n_tokens, n_stream]
 void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t stream);
 
 // Attention to lists in one launch instead, from Hopper on; out as of reduce, nullptr only asks. False where attend and reduce must do it.
 bool hylra_cuda_reuse(const hylra_cuda_job & job, float * out, cudaStream_t stream);
 
-// scores: F32 [n_kv, lists, n_tokens, n_stream]; forced: I32 [n_forced, n_tokens*n_stream], -1 = none
-void hylra_cuda_pool(const hylra_cuda_job & job, const int32_t * forced, int n_forced, float * scores, cudaStream_t stream);
+// Also does what reduce does, in the same launch, unless only scores are wanted. scores: F32 [n_kv, lists, n_tokens, n_stream];
+// forced: I32 [n_forced, n_tokens*n_stream], -1 = none
+void hylra_cuda_pool(const hylra_cuda_job & job, float * out, const int32_t * forced, int n_forced, float * scores, cudaStream_t stream);
 
 // Shared memory that choose needs per block, in bytes
 size_t hylra_cuda_choose_bytes(int n_kv);

@@ -281,7 +281,7 @@ struct layer_builder {
         return input.forced;
     }
 
-    // I32 [top_k, lists, n_tokens, n_stream]. out: on a device reduce prepares what pool needs, so it comes first
+    // I32 [top_k, lists, n_tokens, n_stream]. out: of reduce if anything is output, which a device computes together with pool
     ggml_tensor * choose(hylra_op & op, ggml_tensor * attended, ggml_tensor * out) const {
         const int64_t lists = policy.lists, n_kv = k->ne[1];
         ggml_tensor * pooled = custom("pool", GGML_TYPE_F32, { n_kv, lists, q->ne[1], q->ne[3] },
@@ -331,7 +331,7 @@ static ggml_tensor * build_own(layer_builder & b, float kq_scale, ggml_tensor *&
     hylra_op & scoring = b.new_op(kq_scale, true);
     scoring.scores_only = true;
     ggml_tensor * attended = b.attend(scoring, nullptr);
-    cells = b.choose(scoring, attended, b.device ? b.reduce(scoring, attended, nullptr) : nullptr);
+    cells = b.choose(scoring, attended, nullptr);
     hylra_op & op = b.new_op(kq_scale, false);
     return b.reduce(op, b.attend(op, cells), cells);
 }

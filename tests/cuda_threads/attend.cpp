@@ -19,7 +19,7 @@
 #include "hylra-cuda.cuh"
 
 enum { ATTEND, REDUCE, POOL, REUSE };
-struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; };
+struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; float * scores; };
 
 // ---- blocks
 
@@ -157,10 +157,9 @@ static double error(const std::vector<float> & found, const std::vector<float> &
     return gap/top;
 }
 
-static void attend(const hylra_cuda_job & job, std::vector<float> & out) {
+static void attend(const hylra_cuda_job & job) {
     const hylra_attn & a = job.attn;
-    launch({ ATTEND, {}, 0, job, nullptr, nullptr }, job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.n_stream*(a.cells ? a.n_tokens : 1), 1);
-    launch({ REDUCE, {}, 0, job, out.data(), nullptr }, a.n_head*a.n_tokens*a.n_stream, 1, 1, 1);
+    launch({ ATTEND, {}, 0, job, nullptr, nullptr, nullptr }, job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.n_stream*(a.cells ? a.n_tokens : 1), 1);
 }
 
 static void run(const problem & p, double (&errors)[5]) {
@@ -170,17 +169,19 @@ static void run(const problem & p, double (&errors)[5]) {
     for (bool scores_only : { false, true }) {
         const hylra_cuda_job job = p.job(false, scores_only, scratch);
         scores.assign(expected_scores.size(), NAN);
-        attend(job, out);
-        launch({ POOL, {}, 2, job, scores.data(), p.forced.data() }, hylra_ceil_div(p.n_kv, 512), p.lists*p.tokens*p.streams, 1, 1);
+        attend(job);
+        const int n_part = hylra_ceil_div(p.n_kv, 512), n_reduced = scores_only ? 0 : hylra_ceil_div(p.rows(), n_part);
+        launch({ POOL, {}, 2, job, out.data(), p.forced.data(), scores.data() }, n_part, p.lists*p.tokens*p.streams + n_reduced, 1, 1);
         errors[1 + scores_only] = error(scores, expected_scores);
     }
     errors[0] = error(out, expected);
     const hylra_cuda_job job = p.job(true, false, scratch);
     out.assign(out.size(), NAN);
-    attend(job, out);
+    attend(job);
+    launch({ REDUCE, {}, 0, job, out.data(), nullptr, nullptr }, p.rows(), 1, 1, 1);
     errors[3] = error(out, listed);
     out.assign(out.size(), NAN);
-    launch({ REUSE, {}, 0, job, out.data(), nullptr }, int(blocks.size())*job.plan.n_block_column, p.heads_kv, p.tokens*p.streams, int(blocks.size()));
+    launch({ REUSE, {}, 0, job, out.data(), nullptr, nullptr }, int(blocks.size())*job.plan.n_block_column, p.heads_kv, p.tokens*p.streams, int(blocks.size()));
     errors[4] = error(out, listed);
 }
 

@@ -9,7 +9,7 @@ constexpr int CLUSTER = 16, WARPS = 4;
 enum { ATTEND, REDUCE, POOL, REUSE };
 constexpr int N_THREADS[] = { 32*HYLRA_CUDA_WARPS, REDUCE_THREADS, POOL_FEW_THREADS, 32*WARPS };
 
-struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; };
+struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; float * scores; };
 
 template <int WIDE> static void run_wide(const work & w) {
     if (w.kind == REUSE) {
@@ -23,7 +23,7 @@ template <int WIDE> static void run_wide(const work & w) {
     }
 }
 
-template <int N_WORD> static void run_pool(const work & w) { pool_kernel<POOL_FEW_THREADS, N_WORD, 1>(w.job, w.forced, w.n_forced, w.out); }
+template <int N_WORD> static void run_pool(const work & w) { pool_kernel<POOL_FEW_THREADS, N_WORD, 1>(w.job, w.out, w.forced, w.n_forced, w.scores); }
 
 extern "C" {
 
