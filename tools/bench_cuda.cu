@@ -6,7 +6,8 @@
 //              [--lists 1]     lists of cells, one per KV head if not said
 //              [--cluster 0]   choose and reuse as on cards before Hopper: with one block per row, in two launches
 //
-// A graph runs so many layers with caches of their own that the second-level cache cannot hold them and that its own start does not count. Times are microseconds per layer, medians.
+// A graph runs so many layers with caches of their own that the second-level cache cannot hold them and that its own start does not count.
+// Times are microseconds per layer, medians.
 #include "cuda_tools.cuh"
 
 #include "hylra-meters.h"

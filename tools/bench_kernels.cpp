@@ -284,7 +284,8 @@ options parse(int argc, char ** argv) {
     };
     one_of(o.cache, { "cold", "hot" }, "--cache");
     one_of(o.only, { "", "full", "select", "scores", "reuse", "rows", "read" }, "--only");
-    if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > *std::min_element(o.lengths.begin(), o.lengths.end()) || o.head_size % ggml_blck_size(o.type)) {
+    const int shortest = *std::min_element(o.lengths.begin(), o.lengths.end());
+    if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > shortest || o.head_size % ggml_blck_size(o.type)) {
         fprintf(stderr, "bench-kernels: heads must be a multiple of kv-heads, lists 1 or kv-heads, top-k at most n-kv, head-size whole blocks\n");
         exit(2);
     }

@@ -6,7 +6,7 @@
 
 #include <cooperative_groups.h>
 
-constexpr int HYLRA_REUSE_WARPS = 4; // of a block; eight are slower in clusters of both sizes (docs/cuda/variants-reuse.txt)
+constexpr int HYLRA_REUSE_WARPS = 4; // of a block; eight are slower in clusters of 16, and in those of 8 with several sequences (docs/cuda/variants-reuse.txt)
 
 // Blocks per processor that registers are kept few enough for: with one alone, eight clusters of 16 need eight parts of the card of 16 free processors each
 constexpr int hylra_reuse_blocks(int n_embd, int wide) { return n_embd*wide <= 128 ? 2 : 1; }
