@@ -238,7 +238,7 @@ static __device__ __forceinline__ int count_greater(const exchange & mine, const
 }
 
 // Of all blocks' candidates the `room` greatest are chosen; each block marks its own, a warp one at a time: a block has few, and a thread that compares one
-// with all waits for each of them (1.6 us for 61440 cells). Returns the mass of this thread's.
+// with all waits for each of them (with one wait for the cluster less, 9.5 -> 6.4 us for 61440 cells). Returns the mass of this thread's.
 static __device__ float choose_candidates(const row_part & part, const exchange & mine, const narrowing & state) {
     float mass = 0.0f;
     const rivals others(mine);
