@@ -42,7 +42,7 @@ struct options {
 enum mode { SELECT, SCORING, REUSE };
 
 constexpr size_t CACHED_BYTES = 512u << 20; // many times the second-level cache
-constexpr int    MANY_LAYERS  = 16;         // to start a graph takes longer than a reuse layer; of two layers each was charged with half of it
+constexpr int    MANY_LAYERS  = 16;         // its start is charged to them: of 4 layers a reuse layer took 9.2 us (QwQ-32B at 61440 cells), of 24 8.6
 
 int count_layers(size_t cache_bytes) {
     size_t free_bytes, all_bytes;

@@ -8,6 +8,7 @@
 // --cache hot: nothing is read between the arms, so that a few cells stay in the processor's cache and only arithmetic is left.
 // rows: the rows that reuse attends to are read and nothing else, which says how much of its time is the memory's.
 // --only: the arms of that name alone, so that a counter around the process sees nothing else; read is what comes before each.
+#include "bench_team.h"
 #include "hylra-attn.h"
 #include "hylra-cpu.h"
 #include "hylra-memory.h"
@@ -15,8 +16,6 @@
 #include "ggml.h"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -26,7 +25,6 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -36,49 +34,6 @@ struct options {
     std::vector<int> lengths{32768}; // n_kv of the layers that are measured
     ggml_type type = GGML_TYPE_F16;
     std::string isa, cache = "cold", only;
-};
-
-// ---- threads that wait by spinning, as ggml's pool does
-
-class team {
-public:
-    explicit team(int n) : n(n) {
-        for (int i = 1; i < n; ++i) {
-            threads.emplace_back([this, i] { serve(i); });
-        }
-    }
-
-    ~team() {
-        work = nullptr;
-        round.fetch_add(1);
-        for (auto & t : threads) { t.join(); }
-    }
-
-    // Seconds of fn(ith, nth) on all threads.
-    double run(const std::function<void(int, int)> & fn) {
-        work = &fn;
-        done.store(0);
-        const auto start = std::chrono::steady_clock::now();
-        round.fetch_add(1);
-        fn(0, n);
-        while (done.load() != n - 1) {}
-        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    }
-
-private:
-    void serve(int i) {
-        for (int seen = 0; ; ++seen) {
-            while (round.load() == seen) {}
-            if (!work) { return; }
-            (*work)(i, n);
-            done.fetch_add(1);
-        }
-    }
-
-    const int n;
-    const std::function<void(int, int)> * work = nullptr;
-    std::atomic<int> round{0}, done{0};
-    std::vector<std::thread> threads;
 };
 
 // ---- the problem: a cache laid out as llama.cpp's, one row per cell with all KV heads behind each other
@@ -213,20 +168,6 @@ struct bench {
         }
     }
 };
-
-// Bytes per second that all threads read together, from a buffer that no cache holds.
-double read_bytes_per_s(team & t, const std::vector<uint64_t> & buffer) {
-    std::atomic<uint64_t> sink{0};
-    const double s = t.run([&](int ith, int nth) {
-        const size_t part = buffer.size()/nth, begin = part*ith;
-        uint64_t sum[8] = {};
-        for (size_t i = begin; i + 8 <= begin + part; i += 8) {
-            for (int j = 0; j < 8; ++j) { sum[j] += buffer[i + j]; }
-        }
-        for (uint64_t x : sum) { sink += x; }
-    });
-    return double(buffer.size()*sizeof(uint64_t))/s;
-}
 
 double median(std::vector<double> x) {
     std::sort(x.begin(), x.end());

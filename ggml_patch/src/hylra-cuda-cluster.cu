@@ -354,7 +354,8 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS) choose_in_cluster_kern
 
 // ---- launch
 
-// With two blocks per processor an H200 holds 30 clusters of eight, with three 45: 15.5 and 12.4 us for 32 rows of 61440 cells, 7.6 and 8.0 for eight.
+// With two blocks per processor an H200 holds some 30 clusters of eight, with three 45 (reckoned from its parts, not asked): 15.5 and 12.4 us for 32 rows of
+// 61440 cells, 7.6 and 8.0 for eight.
 constexpr int ROWS_BY_TWO = 30;
 
 static size_t bits_bytes(int n_kv) { return part_cells(n_kv)/32*sizeof(uint32_t); }

@@ -1,6 +1,6 @@
 // After attend on CUDA: sums over chunks (reduce) and one score per cell and list (pool), which also counts the first digit of every
 // score for the radix selection (hylra-cuda-choose.cu, hylra-cuda-cluster.cu). A select layer needs both: they are blocks of one launch, as each waits for attend
-// alone (2.5 us of 26 for 8192 cells).
+// alone (5.5 -> 3.4 us for 8192 cells of eight KV heads).
 #include "hylra-attn.h"
 #include "hylra-cuda.cuh"
 #include "hylra-radix.h"
