@@ -2,124 +2,16 @@
 // score for the radix selection (hylra-cuda-choose.cu, hylra-cuda-cluster.cu). A select layer needs both: they are blocks of one launch, as each waits for attend
 // alone (5.5 -> 3.4 us for 8192 cells of eight KV heads).
 #include "hylra-attn.h"
-#include "hylra-cuda.cuh"
+#include "hylra-cuda-reduce.cuh"
 #include "hylra-radix.h"
 
 #include <cuda_fp16.h>
 
-constexpr float LOG2E = 1.4426950408889634f;
-
-// ---- a row: one head of one token
-
-// Reference and sum of what attend left of every 32nd chunk, from this lane's on
-constexpr int NORMS_PER_LANE = HYLRA_CUDA_MAX_CHUNKS/32;
-struct row_norms { float2 of[NORMS_PER_LANE]; };
-
-static __device__ __forceinline__ row_norms norms_of(const hylra_cuda_job & job, int row) {
-    const float2 * norms = (const float2 *) (job.scratch + job.layout.norms) + size_t(row)*job.plan.n_chunk;
-    row_norms found;
-#pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        const int chunk = threadIdx.x%32 + 32*i;
-        found.of[i] = chunk < job.plan.n_chunk ? norms[chunk] : make_float2(-INFINITY, 0.0f);
-    }
-    return found;
-}
-
-static __device__ __forceinline__ float factor_of(const float2 & norm, float ref) { return norm.x == -INFINITY ? 0.0f : exp2f(norm.x - ref); }
-
-// The row's reference and inverted sum, known to the whole warp; the latter 0 for a row without visible cells, which gives zeros as in llama.cpp
-static __device__ __forceinline__ float2 total_of(const hylra_cuda_job & job, int row, const row_norms & norms) {
-    const hylra_attn & a = job.attn;
-    const float sink = a.sinks ? ((const float *) a.sinks)[row%a.n_head]*LOG2E : -INFINITY;
-    float ref = sink, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        ref = fmaxf(ref, norms.of[i].x);
-    }
-    for (int mask = 16; mask > 0; mask /= 2) {
-        ref = fmaxf(ref, __shfl_xor_sync(0xFFFFFFFFu, ref, mask));
-    }
-#pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        sum += factor_of(norms.of[i], ref)*norms.of[i].y;
-    }
-    for (int mask = 16; mask > 0; mask /= 2) {
-        sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
-    }
-    sum += a.sinks ? exp2f(sink - ref) : 0.0f;
-    return make_float2(ref, sum > 0.0f ? 1.0f/sum : 0.0f);
-}
-
-// ---- reduce: one block per row
-
-constexpr int REDUCE_THREADS = 512;
-constexpr int REDUCE_DIMS    = 128; // that are summed side by side; the other threads take other chunks
-constexpr int REDUCE_BATCH   = 16;  // chunks that a thread waits for together
-
-// [MAX_CHUNKS] what the outputs of each chunk are multiplied by; by one warp
-static __device__ void chunk_factors(const hylra_cuda_job & job, int row, float * factors) {
-    const row_norms norms = norms_of(job, row);
-    const float2 total = total_of(job, row, norms);
-#pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        factors[threadIdx.x + 32*i] = factor_of(norms.of[i], total.x)*total.y;
-    }
-}
-
-// One dimension of every STEP-th chunk from `first` on
-template <int STEP>
-static __device__ __forceinline__ void load_parts(const float * parts, int n_embd_v, int n_chunk, int first, int d, float (&x)[REDUCE_BATCH]) {
-#pragma unroll
-    for (int i = 0; i < REDUCE_BATCH; ++i) {
-        const int chunk = min(first + i*STEP, n_chunk - 1);
-        x[i] = parts[size_t(chunk)*n_embd_v + min(d, n_embd_v - 1)];
-    }
-}
-
-// out: F32 [n_embd_v, rows]
-template <int N_THREADS> static __device__ void reduce_row(const hylra_cuda_job & job, int row, float * out) {
-    constexpr int LANES = N_THREADS/REDUCE_DIMS;
-    __shared__ float factors[HYLRA_CUDA_MAX_CHUNKS];
-    __shared__ float sums[LANES][REDUCE_DIMS];
-    const int n_embd_v = job.attn.n_embd_v, n_chunk = job.plan.n_chunk;
-    const float * parts = (const float *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*n_embd_v;
-    const int lane = threadIdx.x%REDUCE_DIMS, first = threadIdx.x/REDUCE_DIMS;
-    float x[REDUCE_BATCH];
-    load_parts<LANES>(parts, n_embd_v, n_chunk, first, lane, x); // on their way while the factors are computed
-    if (threadIdx.x < 32) {
-        chunk_factors(job, row, factors);
-    }
-    __syncthreads();
-    for (int begin = 0; begin < n_embd_v; begin += REDUCE_DIMS) {
-        float sum = 0.0f;
-        for (int chunk = first; chunk < n_chunk; chunk += LANES*REDUCE_BATCH) {
-            if (begin > 0 || chunk > first) {
-                load_parts<LANES>(parts, n_embd_v, n_chunk, chunk, begin + lane, x);
-            }
-#pragma unroll
-            for (int i = 0; i < REDUCE_BATCH; ++i) {
-                sum += chunk + i*LANES < n_chunk ? factors[chunk + i*LANES]*x[i] : 0.0f;
-            }
-        }
-        sums[first][lane] = sum;
-        __syncthreads();
-        if (first == 0 && begin + lane < n_embd_v) {
-            for (int i = 1; i < LANES; ++i) {
-                sum += sums[i][lane];
-            }
-            out[size_t(row)*n_embd_v + begin + lane] = sum;
-        }
-        __syncthreads();
-    }
-}
-
-static __device__ __host__ int rows_of(const hylra_attn & a) { return a.n_head*a.n_tokens*a.n_stream; }
-
 static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const __grid_constant__ hylra_cuda_job job, float * out) {
+    __shared__ __align__(16) float shared[4*REDUCE_THREADS];
     hylra_await();
     hylra_release();
-    reduce_row<REDUCE_THREADS>(job, blockIdx.x, out);
+    reduce_row<REDUCE_THREADS>(job, blockIdx.x, out, shared);
 }
 
 void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t stream) {
@@ -129,37 +21,99 @@ void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t str
 // ---- pool: one block per part of the cells, list and token; a thread has four neighbouring cells, which share a tile
 
 constexpr int POOL_THREADS     = 512;
-constexpr int POOL_FEW_THREADS = 128; // where larger blocks would be too few
+constexpr int POOL_FEW_THREADS = 128; // of a side, where larger blocks would be too few
 constexpr int POOL_MIN_BLOCKS  = 128;
 constexpr int POOL_MANY_BLOCKS = 512; // from here on a thread takes two quads: one left the card waiting, 36 us for four times 131072 cells
+constexpr int POOL_ALL_BLOCKS  = 132; // of 1024 threads
 
 // One row of scores: a list of a token
 struct pool_row { int stream, token, list; };
 
-// What the weights of the block's tiles and eight columns are multiplied by: factors[QUADS*N_THREADS/4][8]
-template <int N_THREADS, int QUADS>
-static __device__ __forceinline__ void pool_factors(const hylra_cuda_job & job, const pool_row & row, size_t at, int group, int head_kv, int first_tile, float (*factors)[8]) {
-    __shared__ float2 totals[8];
+// How a block's threads lie: SIDES times the same quads, each with groups of columns of its own
+template <int N_THREADS, int QUADS, int SIDES> struct pool_shape {
+    static constexpr int N_SIDE = SIDES;
+    static constexpr int LANES  = N_THREADS/SIDES; // threads of a side
+    static constexpr int CELLS  = 4*QUADS*LANES;   // of a block
+    static constexpr int TILES  = CELLS/HYLRA_CUDA_TILE;
+
+    static __device__ __forceinline__ int lane() { return threadIdx.x%LANES; }
+    static __device__ __forceinline__ int side() { return threadIdx.x/LANES; }
+};
+
+constexpr int TEAM = 8; // threads that sum the norms of one head
+
+// total_of by a team: this lane has every TEAM-th chunk
+static __device__ __forceinline__ float2 team_total(const hylra_cuda_job & job, int row) {
     const hylra_attn & a = job.attn;
-    const int heads = a.n_head/a.n_head_kv, n_tile = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE);
-    const int first_head = group*8 - row.token*heads; // of column 0; the token's first head is column token*heads
-    const float * peaks = (const float *) (job.scratch + job.layout.peaks) + at*n_tile*8;
-    float peak[2*QUADS];
+    const float2 * norms = (const float2 *) (job.scratch + job.layout.norms) + size_t(row)*job.plan.n_chunk;
+    const float sink = a.sinks ? ((const float *) a.sinks)[row%a.n_head]*LOG2E : -INFINITY;
+    float ref = sink, sum = a.sinks && threadIdx.x%TEAM == 0 ? 1.0f : 0.0f;
+    for (int first = threadIdx.x%TEAM; first < job.plan.n_chunk; first += TEAM*TEAM) {
+        float2 x[TEAM];
+        float top = ref;
 #pragma unroll
-    for (int i = 0; i < 2*QUADS; ++i) {
-        peak[i] = peaks[min(first_tile + int(threadIdx.x/8) + i*(N_THREADS/8), n_tile - 1)*8 + threadIdx.x%8];
-    }
-    for (int column = threadIdx.x/32; column < 8; column += N_THREADS/32) { // a warp each
-        const int head = first_head + column, at_row = (row.stream*a.n_tokens + row.token)*a.n_head + head_kv*heads + head;
-        const bool mine = head >= 0 && head < heads;
-        const float2 total = mine ? total_of(job, at_row, norms_of(job, at_row)) : make_float2(0.0f, 0.0f);
-        totals[column] = make_float2(total.x, total.y*float(job.select_lists)/float(a.n_head));
-    }
-    __syncthreads();
-    const float2 total = totals[threadIdx.x%8];
+        for (int i = 0; i < TEAM; ++i) {
+            const int chunk = first + i*TEAM;
+            x[i] = chunk < job.plan.n_chunk ? norms[chunk] : make_float2(-INFINITY, 0.0f);
+        }
 #pragma unroll
-    for (int i = 0; i < 2*QUADS; ++i) { // no sum: another token's head, or one that sees nothing
-        factors[threadIdx.x/8 + i*(N_THREADS/8)][threadIdx.x%8] = total.y > 0.0f ? exp2f(peak[i] - total.x)*total.y : 0.0f;
+        for (int i = 0; i < TEAM; ++i) {
+            top = fmaxf(top, x[i].x);
+        }
+        sum *= ref == top ? 1.0f : exp2f(ref - top);
+        ref = top;
+#pragma unroll
+        for (int i = 0; i < TEAM; ++i) {
+            sum += factor_of(x[i], ref)*x[i].y;
+        }
+    }
+    float top = ref;
+    for (int mask = TEAM/2; mask > 0; mask /= 2) {
+        top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, mask));
+    }
+    sum *= factor_of({ ref, sum }, top);
+    for (int mask = TEAM/2; mask > 0; mask /= 2) {
+        sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
+    }
+    return make_float2(top, sum > 0.0f ? 1.0f/sum : 0.0f);
+}
+
+// References and factors of the mean of the list's heads, from the first on
+template <int N_THREADS> static __device__ __forceinline__ void pool_totals(const hylra_cuda_job & job, const pool_row & row, float2 * totals) {
+    const hylra_attn & a = job.attn;
+    const int n_head = a.n_head/job.select_lists, row0 = (row.stream*a.n_tokens + row.token)*a.n_head + row.list*n_head;
+    for (int first = 0; first < n_head; first += N_THREADS/TEAM) {
+        const int head = first + threadIdx.x/TEAM;
+        const float2 total = team_total(job, row0 + min(head, n_head - 1)); // of whole warps
+        if (head < n_head && threadIdx.x%TEAM == 0) {
+            totals[head] = make_float2(total.x, total.y*float(job.select_lists)/float(a.n_head));
+        }
+    }
+}
+
+// A group of eight columns of the list: its place among all groups, and which heads of the list are its columns: those of one KV head, from first_head on, which
+// is below 0 where the group begins with another token's
+struct pool_group { size_t at; int in_list, first_head; };
+
+static __device__ __host__ int groups_of(const hylra_cuda_job & job, int token) { // of one KV head
+    const int heads = job.attn.n_head/job.attn.n_head_kv;
+    return (token*heads + heads - 1)/8 - token*heads/8 + 1;
+}
+
+static __device__ __forceinline__ pool_group pool_group_of(const hylra_cuda_job & job, const pool_row & row, int n_group, int i) {
+    const hylra_attn & a = job.attn;
+    const int column0 = row.token*(a.n_head/a.n_head_kv), in_list = i/n_group, group = column0/8 + i%n_group;
+    return { (size_t(row.stream)*a.n_head_kv + row.list*(a.n_head_kv/job.select_lists) + in_list)*job.plan.n_group + group, in_list, group*8 - column0 };
+}
+
+// What the weights of the side's tiles and eight columns are multiplied by. peak: of every (LANES/8)-th tile
+template <typename SHAPE, int N>
+static __device__ __forceinline__ void pool_factors(const float (&peak)[N], int first_head, int heads, const float2 * totals, float (*factors)[8] /* [TILES] */) {
+    const int column = SHAPE::lane()%8, head = first_head + column;
+    const float2 total = head >= 0 && head < heads ? totals[head] : make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < N; ++i) { // no sum: another token's head, or one that sees nothing
+        factors[SHAPE::lane()/8 + i*(SHAPE::LANES/8)][column] = total.y > 0.0f ? exp2f(peak[i] - total.x)*total.y : 0.0f;
     }
 }
 
@@ -179,32 +133,58 @@ template <int N_WORD> static __device__ __forceinline__ void add_means(const uin
     }
 }
 
-// Means over the heads of the row's list, of the cells of QUADS quads; of a hidden cell: anything
-template <int N_THREADS, int N_WORD, int QUADS>
-static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, const pool_row & row, int first_quad, float (*factors)[8], float (&sums)[QUADS][4]) {
+// The sums of all sides, for the first. shared: [threads]
+template <typename SHAPE> static __device__ __forceinline__ void add_sides(float (&sums)[4], float4 * shared) {
+    shared[threadIdx.x] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    __syncthreads();
+    for (int side = 1; side < SHAPE::N_SIDE && SHAPE::side() == 0; ++side) {
+        const float4 x = shared[side*SHAPE::LANES + SHAPE::lane()];
+        sums[0] += x.x, sums[1] += x.y, sums[2] += x.z, sums[3] += x.w;
+    }
+}
+
+// Means over the heads of the row's list, of the cells of QUADS quads; of a hidden cell: anything. Of the block's sides the first has all.
+template <int N_THREADS, int N_WORD, int QUADS, int SIDES>
+static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, const pool_row & row, int first_quad, float (&sums)[QUADS][4], float * shared) {
+    using shape = pool_shape<N_THREADS, QUADS, SIDES>;
+    __shared__ float2 totals[HYLRA_CUDA_LIST_HEADS];
+    __shared__ __align__(16) float factors[SIDES][shape::TILES][8];
     const hylra_attn & a = job.attn;
-    const int heads = a.n_head/a.n_head_kv, kv_per_list = a.n_head_kv/job.select_lists, column0 = row.token*heads;
-    for (int head_kv = row.list*kv_per_list; head_kv < (row.list + 1)*kv_per_list; ++head_kv) {
-        for (int group = column0/8; group <= (column0 + heads - 1)/8; ++group) {
-            const size_t at = (size_t(row.stream)*a.n_head_kv + head_kv)*job.plan.n_group + group;
-            const uint4 * weights = (const uint4 *) ((const uint32_t *) (job.scratch + job.layout.weights) + at*a.n_kv*N_WORD);
-            uint4 raw[QUADS][N_WORD];
+    const int heads = a.n_head/a.n_head_kv, n_group = groups_of(job, row.token), n_all = n_group*(a.n_head_kv/job.select_lists);
+    const int n_tile = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE), first_tile = int(blockIdx.x)*shape::TILES + shape::lane()/8;
+    for (int first = 0; first < n_all; first += SIDES) {
+        const int i = first + shape::side();
+        const pool_group group = pool_group_of(job, row, n_group, min(i, n_all - 1));
+        const uint4 * weights = (const uint4 *) ((const uint32_t *) (job.scratch + job.layout.weights) + group.at*a.n_kv*N_WORD);
+        const float * peaks = (const float *) (job.scratch + job.layout.peaks) + group.at*n_tile*8 + shape::lane()%8;
+        uint4 raw[QUADS][N_WORD];
+        float peak[2*QUADS];
 #pragma unroll
-            for (int i = 0; i < QUADS; ++i) {
-                const int known = min(first_quad + i*N_THREADS, a.n_kv/4 - 1);
+        for (int q = 0; q < QUADS; ++q) {
+            const int known = min(first_quad + q*shape::LANES, a.n_kv/4 - 1);
 #pragma unroll
-                for (int word = 0; word < N_WORD; ++word) {
-                    raw[i][word] = weights[size_t(known)*N_WORD + word]; // under way while factors are computed
-                }
-            }
-            __syncthreads();
-            pool_factors<N_THREADS, QUADS>(job, row, at, group, head_kv, int(blockIdx.x)*(QUADS*N_THREADS/4), factors);
-            __syncthreads();
-#pragma unroll
-            for (int i = 0; i < QUADS; ++i) {
-                add_means<N_WORD>(raw[i], factors[(i*N_THREADS + threadIdx.x)/4], sums[i]);
+            for (int word = 0; word < N_WORD; ++word) {
+                raw[q][word] = weights[size_t(known)*N_WORD + word]; // under way while factors are computed
             }
         }
+#pragma unroll
+        for (int q = 0; q < 2*QUADS; ++q) {
+            peak[q] = peaks[min(first_tile + q*(shape::LANES/8), n_tile - 1)*8];
+        }
+        if (first == 0) {
+            pool_totals<N_THREADS>(job, row, totals);
+        }
+        __syncthreads();
+        pool_factors<shape>(peak, group.first_head, i < n_all ? heads : 0, totals + group.in_list*heads, factors[shape::side()]);
+        __syncthreads();
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q) {
+            add_means<N_WORD>(raw[q], factors[shape::side()][(q*shape::LANES + shape::lane())/4], sums[q]);
+        }
+    }
+    if constexpr (SIDES > 1) {
+        static_assert(QUADS == 1, "sides are for few blocks");
+        add_sides<shape>(sums[0], (float4 *) shared);
     }
 }
 
@@ -229,25 +209,29 @@ static __device__ __forceinline__ void count_digits(const float4 & quad, int32_t
 }
 
 // A block that reduces: (x, y) counts on from the blocks that pool
-template <int N_THREADS> static __device__ __forceinline__ void reduce_beside(const hylra_cuda_job & job, int n_pooled, float * out) {
+template <int N_THREADS> static __device__ __forceinline__ void reduce_beside(const hylra_cuda_job & job, int n_pooled, float * out, float * shared) {
     const int row = (int(blockIdx.y) - n_pooled)*int(gridDim.x) + int(blockIdx.x);
     hylra_await();
     hylra_release();
     if (row < rows_of(job.attn)) {
-        reduce_row<N_THREADS>(job, row, out);
+        reduce_row<N_THREADS>(job, row, out, shared);
     }
 }
 
-// grid: (parts of 4*QUADS*N_THREADS cells, rows of scores, then as many as it takes for one block per row of out)
-template <int N_THREADS, int N_WORD, int QUADS>
-static __global__ void __launch_bounds__(N_THREADS, 1024/N_THREADS) pool_kernel(const __grid_constant__ hylra_cuda_job job, float * out, const int32_t * forced, int n_forced,
+// Blocks per processor that registers are kept few enough for
+constexpr int pool_blocks(int n_threads) { return n_threads > POOL_THREADS ? 1 : n_threads == POOL_THREADS ? 2 : 4; }
+
+// grid: (parts of pool_shape::CELLS cells, rows of scores, then as many as it takes for one block per row of out)
+template <int N_THREADS, int N_WORD, int QUADS, int SIDES>
+static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool_kernel(const __grid_constant__ hylra_cuda_job job, float * out, const int32_t * forced, int n_forced,
                                                                                 float * scores) {
+    __shared__ __align__(16) float shared[4*N_THREADS];
     const int n_pooled = job.select_lists*job.attn.n_tokens*job.attn.n_stream;
     if (int(blockIdx.y) >= n_pooled) {
-        return reduce_beside<N_THREADS>(job, n_pooled, out);
+        return reduce_beside<N_THREADS>(job, n_pooled, out, shared);
     }
-    constexpr int CELLS = 4*QUADS*N_THREADS;
-    __shared__ __align__(16) float factors[CELLS/HYLRA_CUDA_TILE][8];
+    using shape = pool_shape<N_THREADS, QUADS, SIDES>;
+    constexpr int CELLS = shape::CELLS;
     __shared__ uint32_t marks[CELLS/32]; // forced cells
     __shared__ int32_t  bins[HYLRA_CUDA_BINS];
     for (int i = threadIdx.x; i < HYLRA_CUDA_BINS; i += N_THREADS) {
@@ -259,18 +243,18 @@ static __global__ void __launch_bounds__(N_THREADS, 1024/N_THREADS) pool_kernel(
     const hylra_attn & a = job.attn;
     const int column = blockIdx.y/job.select_lists; // token of the batch
     const pool_row row = { column/a.n_tokens, column%a.n_tokens, int(blockIdx.y)%job.select_lists };
-    const int first_quad = blockIdx.x*QUADS*N_THREADS + threadIdx.x, n_quad = a.n_kv/4, begin = blockIdx.x*CELLS;
+    const int first_quad = blockIdx.x*(CELLS/4) + shape::lane(), n_quad = a.n_kv/4, begin = blockIdx.x*CELLS;
     const uint2 * mask = (const uint2 *) ((const char *) a.mask + row.token*a.mask_nb[1] + row.stream*a.mask_nb[3]);
     uint2 masked[QUADS];
     hylra_await();
     hylra_release();
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) {
-        masked[i] = a.mask ? mask[min(first_quad + i*N_THREADS, n_quad - 1)] : make_uint2(0, 0);
+        masked[i] = a.mask ? mask[min(first_quad + i*shape::LANES, n_quad - 1)] : make_uint2(0, 0);
     }
     int mark = threadIdx.x < n_forced ? forced[size_t(column)*n_forced + threadIdx.x] : -1; // both on their way early
     float sums[QUADS][4] = {};
-    pool_cells<N_THREADS, N_WORD, QUADS>(job, row, first_quad, factors, sums);
+    pool_cells<N_THREADS, N_WORD, QUADS, SIDES>(job, row, first_quad, sums, shared);
     for (int i = threadIdx.x; i < n_forced; i += N_THREADS) {
         const int at = mark - begin;
         if (mark >= 0 && at >= 0 && at < CELLS) {
@@ -281,8 +265,8 @@ static __global__ void __launch_bounds__(N_THREADS, 1024/N_THREADS) pool_kernel(
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) {
-        const int quad = first_quad + i*N_THREADS, in_block = i*N_THREADS + threadIdx.x;
-        if (quad < n_quad) {
+        const int quad = first_quad + i*shape::LANES, in_block = i*shape::LANES + shape::lane();
+        if (quad < n_quad && shape::side() == 0) {
             const float4 score = finished(sums[i], masked[i], marks[in_block/8] >> in_block%8*4);
             ((float4 *) (scores + size_t(blockIdx.y)*a.n_kv))[quad] = score;
             count_digits(score, bins);
@@ -297,24 +281,29 @@ static __global__ void __launch_bounds__(N_THREADS, 1024/N_THREADS) pool_kernel(
     }
 }
 
-template <int N_THREADS, int QUADS, int N_WORD>
+template <int N_THREADS, int QUADS, int SIDES, int N_WORD>
 static void enqueue_pool(const hylra_cuda_job & job, float * out, const int32_t * forced, int n_forced, float * scores, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
-    const int n_part = hylra_ceil_div(a.n_kv, 4*QUADS*N_THREADS), n_reduced = job.plan.scores_only ? 0 : hylra_ceil_div(rows_of(a), n_part);
+    const int n_part = hylra_ceil_div(a.n_kv, pool_shape<N_THREADS, QUADS, SIDES>::CELLS), n_reduced = job.plan.scores_only ? 0 : hylra_ceil_div(rows_of(a), n_part);
     const dim3 grid(n_part, job.select_lists*a.n_tokens*a.n_stream + n_reduced);
-    hylra_enqueue<pool_kernel<N_THREADS, N_WORD, QUADS>>(grid, N_THREADS, 0, stream, job, out, forced, n_forced, scores);
+    hylra_enqueue<pool_kernel<N_THREADS, N_WORD, QUADS, SIDES>>(grid, N_THREADS, 0, stream, job, out, forced, n_forced, scores);
 }
 
 template <int N_WORD>
 static void enqueue_pool(const hylra_cuda_job & job, float * out, const int32_t * forced, int n_forced, float * scores, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
     const int n_block = hylra_ceil_div(a.n_kv, 4*POOL_THREADS)*job.select_lists*a.n_tokens*a.n_stream;
+    const int n_group = groups_of(job, 0)*(a.n_head_kv/job.select_lists); // MLA: 16, which few blocks take side by side
     if (n_block >= POOL_MANY_BLOCKS) {
-        enqueue_pool<POOL_THREADS, 2, N_WORD>(job, out, forced, n_forced, scores, stream);
+        enqueue_pool<POOL_THREADS, 2, 1, N_WORD>(job, out, forced, n_forced, scores, stream);
     } else if (n_block >= POOL_MIN_BLOCKS) {
-        enqueue_pool<POOL_THREADS, 1, N_WORD>(job, out, forced, n_forced, scores, stream);
+        enqueue_pool<POOL_THREADS, 1, 1, N_WORD>(job, out, forced, n_forced, scores, stream);
+    } else if (n_group >= 16 && 4*n_block <= POOL_ALL_BLOCKS) {
+        enqueue_pool<8*POOL_FEW_THREADS, 1, 8, N_WORD>(job, out, forced, n_forced, scores, stream);
+    } else if (n_group >= 4) {
+        enqueue_pool<4*POOL_FEW_THREADS, 1, 4, N_WORD>(job, out, forced, n_forced, scores, stream);
     } else {
-        enqueue_pool<POOL_FEW_THREADS, 1, N_WORD>(job, out, forced, n_forced, scores, stream);
+        enqueue_pool<POOL_FEW_THREADS, 1, 1, N_WORD>(job, out, forced, n_forced, scores, stream);
     }
 }
 
