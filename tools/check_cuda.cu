@@ -43,6 +43,13 @@ std::vector<shape> shapes() {
         all.push_back(with("four tokens", [&](shape & s) { s.type = type; s.tokens = 4; }));
         all.push_back(with("MLA", [&](shape & s) { s.type = type; s.embd_k = 576; s.embd_v = 512; s.group = 128; s.heads_kv = 1; s.n_kv = 512; s.v_in_k = true; }));
     }
+    const auto mla = [](shape & s) { s.embd_k = 576; s.embd_v = 512; s.heads_kv = 1; s.n_kv = 512; s.v_in_k = true; };
+    all.push_back(with("MLA, 20 heads, sinks", [&](shape & s) { mla(s); s.group = 20; s.sinks = true; }));
+    all.push_back(with("MLA, tokens, streams", [&](shape & s) { mla(s); s.group = 12; s.tokens = 3; s.streams = 2; s.n_kv = 700; }));
+    all.push_back(with("MLA, V apart", [&](shape & s) { mla(s); s.group = 64; s.v_in_k = false; }));
+    all.push_back(with("MLA, softcap, q8_0", [&](shape & s) { mla(s); s.group = 40; s.softcap = 20; s.type = GGML_TYPE_Q8_0; s.tokens = 2; }));
+    all.push_back(with("MLA, few visible cells", [&](shape & s) { mla(s); s.group = 16; s.visible = 0.01f; s.n_kv = 9000; }));
+    all.push_back(with("MLA, long", [&](shape & s) { mla(s); s.group = 128; s.visible = 1.0f; s.n_kv = 4100; s.top_k = 2048; }));
     for (int group : { 2, 3, 6, 7, 8, 9, 12 }) {
         all.push_back(with("group", [&](shape & s) { s.group = group; }));
     }

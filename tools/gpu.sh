@@ -46,6 +46,8 @@ run_kernels() {
     kernels qwen3-32b            --heads 64 --n-kv 61440,131072
     kernels llama-3.1-8b-q8_0    --heads 32 --type q8_0 --n-kv 8192,65536,131072
     kernels deepseek-r1          --mla 1 --heads 128 --n-kv 8192,61440,131072
+    kernels deepseek-r1-4        --mla 1 --heads 128 --streams 4 --n-kv 61440
+    kernels deepseek-v2-lite     --mla 1 --heads 16 --n-kv 8192,61440
 }
 
 model() { # shape, policy name, flags of the policy

@@ -3,29 +3,13 @@
 // and the columns, of which decode has few, the short one. Included once per KV type.
 #pragma once
 
-#include "hylra-cuda-store.cuh"
-
-#include <type_traits>
-
+#include "hylra-cuda-mla.cuh"
 // ---- the cells of a tile: rows g and g+8 of the fragments
-
-constexpr uint16_t HYLRA_HALF_HIDDEN = 0xFC00; // -inf
 
 template <int WIDE> struct hylra_tile {
     int      cell[2];          // -1: none
     uint16_t mask[WIDE][2][2]; // halves, of columns 2t and 2t+1 at the two cells; as they come, since to convert one is to wait for it
 };
-
-template <bool LISTED> static __device__ __forceinline__ uint16_t hylra_cuda_mask(const hylra_attn & a, const hylra_column & column, int stream, int cell) {
-    if (cell < 0 || column.head < 0) {
-        return HYLRA_HALF_HIDDEN;
-    }
-    if (!a.mask || (LISTED && a.max_bias <= 0.0f)) { // a listed cell was seen when it was chosen
-        return 0;
-    }
-    const char * row = (const char *) a.mask + column.token*a.mask_nb[1] + stream*a.mask_nb[3];
-    return ((const uint16_t *) row)[cell];
-}
 
 template <int WIDE, bool LISTED>
 static __device__ __forceinline__ hylra_tile<WIDE> hylra_tile_at(const hylra_attn & a, const hylra_column (&columns)[WIDE][2], const int32_t * list, int stream, int first, int end) {
@@ -64,18 +48,18 @@ template <int WIDE, bool LISTED> static __device__ __forceinline__ bool hylra_ti
 
 // ---- the kernel
 
-template <int TYPE, bool ONCE> static __device__ __forceinline__ uint4 hylra_octet_of(const uint8_t * base, uint64_t nb, int cell, int octet, int n_octet) {
-    return hylra_octet<TYPE, ONCE>(base + cell*nb, octet, cell >= 0 && octet < n_octet);
+template <int TYPE> static __device__ __forceinline__ uint4 hylra_octet_of(const uint8_t * base, uint64_t nb, int cell, int octet, int n_octet) {
+    return hylra_octet<TYPE, true>(base + cell*nb, octet, cell >= 0 && octet < n_octet);
 }
 
-// Writes the query fragments of one warp's columns: shared[wide][n_embd_k/32][lane]
-template <int TYPE, int EMBD_K, int WIDE>
+// Writes the query fragments of the block's columns: shared[wide][n_embd_k/32][lane]
+template <int TYPE, int EMBD, int WIDE>
 static __device__ __forceinline__ void hylra_stage_q(const hylra_attn & a, const hylra_cuda_plan & p, bool listed, int first_column, int head_kv, int token0, int stream,
-                                                     uint4 * shared, int thread, int n_thread) {
+                                                     uint4 * shared) {
     const float scale = a.softcap == 0.0f ? a.scale*HYLRA_LOG2E : a.scale;
     const int group = a.n_head/a.n_head_kv;
-    for (int i = thread; i < WIDE*EMBD_K; i += n_thread) { // one of 32 lanes of one of EMBD_K/32 octet rows
-        const int lane = i%32, octet = i/32%(EMBD_K/32)*4 + lane%4, column = first_column + i/EMBD_K*8 + lane/4;
+    for (int i = threadIdx.x; i < WIDE*EMBD; i += 32*HYLRA_CUDA_WARPS) { // one of 32 lanes of one of EMBD/32 octet rows
+        const int lane = i%32, octet = i/32%(EMBD/32)*4 + lane%4, column = first_column + i/EMBD*8 + lane/4;
         const int head = head_kv*group + column%group, token = listed ? token0 : column/group;
         const float * q = (const float *) ((const char *) a.q + token*a.q_nb[1] + head*a.q_nb[2] + stream*a.q_nb[3]);
         float x[8];
@@ -88,25 +72,25 @@ static __device__ __forceinline__ void hylra_stage_q(const hylra_attn & a, const
     }
 }
 
-// A batch of K octets of the two cells whose rows a lane holds
-template <int TYPE, bool ONCE, int WIDE, int BATCH>
-static __device__ __forceinline__ void hylra_load_k(const hylra_attn & a, const uint8_t * k, const hylra_tile<WIDE> & tile, int first, uint4 (&rows)[BATCH][2]) {
+// The K octets of the two cells whose rows a lane holds
+template <int TYPE, int WIDE, int N>
+static __device__ __forceinline__ void hylra_load_k(const hylra_attn & a, const uint8_t * k, const hylra_tile<WIDE> & tile, uint4 (&rows)[N][2]) {
     const int t = threadIdx.x%4, n_octet = a.n_embd_k/8;
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-        rows[i][0] = hylra_octet_of<TYPE, ONCE>(k, a.k_nb[1], tile.cell[0], (first + i)*4 + t, n_octet);
-        rows[i][1] = hylra_octet_of<TYPE, ONCE>(k, a.k_nb[1], tile.cell[1], (first + i)*4 + t, n_octet);
+    for (int i = 0; i < N; ++i) {
+        rows[i][0] = hylra_octet_of<TYPE>(k, a.k_nb[1], tile.cell[0], i*4 + t, n_octet);
+        rows[i][1] = hylra_octet_of<TYPE>(k, a.k_nb[1], tile.cell[1], i*4 + t, n_octet);
     }
 }
 
-// s[wide]: += K Q^T of a batch
-template <int EMBD_K, int WIDE, int BATCH>
-static __device__ __forceinline__ void hylra_add_k(const uint4 (&rows)[BATCH][2], int first, const uint4 * q_frags, float (&s)[WIDE][4]) {
+// s[wide]: += K Q^T
+template <int EMBD, int WIDE>
+static __device__ __forceinline__ void hylra_add_k(const uint4 (&rows)[EMBD/32][2], const uint4 * q_frags, float (&s)[WIDE][4]) {
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
+    for (int i = 0; i < EMBD/32; ++i) {
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
-            const uint4 q = q_frags[(w*(EMBD_K/32) + first + i)*32 + threadIdx.x%32];
+            const uint4 q = q_frags[(w*(EMBD/32) + i)*32 + threadIdx.x%32];
             hylra_mma(s[w], rows[i][0].x, rows[i][1].x, rows[i][0].y, rows[i][1].y, q.x, q.y);
             hylra_mma(s[w], rows[i][0].z, rows[i][1].z, rows[i][0].w, rows[i][1].w, q.z, q.w);
         }
@@ -127,20 +111,15 @@ static __device__ __forceinline__ void hylra_finish_logits(const hylra_attn & a,
 }
 
 // s[wide]: logits of the tile
-template <int TYPE, bool ONCE, int EMBD_K, int WIDE>
+template <int TYPE, int EMBD, int WIDE>
 static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, const uint8_t * k, const hylra_column (&columns)[WIDE][2], const hylra_tile<WIDE> & tile,
                                                          const uint4 * q_frags, float (&s)[WIDE][4]) {
-    constexpr int BATCH = EMBD_K <= 256 ? EMBD_K/32 : 6; // octet rows that are in flight together
-    static_assert(EMBD_K/32%BATCH == 0, "");
     for (int w = 0; w < WIDE; ++w) {
         s[w][0] = s[w][1] = s[w][2] = s[w][3] = 0.0f;
     }
-#pragma unroll
-    for (int first = 0; first < EMBD_K/32; first += BATCH) {
-        uint4 rows[BATCH][2];
-        hylra_load_k<TYPE, ONCE>(a, k, tile, first, rows);
-        hylra_add_k<EMBD_K, WIDE>(rows, first, q_frags, s);
-    }
+    uint4 rows[EMBD/32][2];
+    hylra_load_k<TYPE>(a, k, tile, rows);
+    hylra_add_k<EMBD, WIDE>(rows, q_frags, s);
     hylra_finish_logits(a, columns, tile, s);
 }
 
@@ -177,32 +156,22 @@ template <int N> static __device__ __forceinline__ void hylra_shrink(const float
     }
 }
 
-// The lanes of a column have summed different cells.
-static __device__ __forceinline__ void hylra_sum_lanes(hylra_softmax & state) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-        for (int mask = 4; mask < 32; mask *= 2) {
-            state.sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state.sum[c], mask);
-        }
-    }
-}
-
 // A batch of V octets of the four cells whose rows a lane holds
-template <int TYPE, bool ONCE, int BATCH>
+template <int TYPE, int BATCH>
 static __device__ __forceinline__ void hylra_load_v(const hylra_attn & a, const uint8_t * v, const int (&cell)[4], int first, uint4 (&rows)[BATCH][4]) {
     const int g = threadIdx.x%32/4, n_octet = a.n_embd_v/8;
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            rows[b][i] = hylra_octet_of<TYPE, ONCE>(v, a.v_nb[1], cell[i], (first + b)*8 + g, n_octet);
+            rows[b][i] = hylra_octet_of<TYPE>(v, a.v_nb[1], cell[i], (first + b)*8 + g, n_octet);
         }
     }
 }
 
 // out[wide][4*first ...]: += V^T P^T
-template <int EMBD_V, int WIDE, int BATCH>
-static __device__ __forceinline__ void hylra_add_v(const uint4 (&rows)[BATCH][4], int first, const uint32_t (&p)[WIDE][2], float (&out)[WIDE][EMBD_V/16][4]) {
+template <int EMBD, int WIDE, int BATCH>
+static __device__ __forceinline__ void hylra_add_v(const uint4 (&rows)[BATCH][4], int first, const uint32_t (&p)[WIDE][2], float (&out)[WIDE][EMBD/16][4]) {
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
         const uint32_t * x[4] = { &rows[b][0].x, &rows[b][1].x, &rows[b][2].x, &rows[b][3].x };
@@ -218,36 +187,31 @@ static __device__ __forceinline__ void hylra_add_v(const uint4 (&rows)[BATCH][4]
     }
 }
 
-// What a kernel does: all cells, a list of cells, or all cells without V
-enum hylra_attend_mode { HYLRA_ATTEND_ALL, HYLRA_ATTEND_LISTED, HYLRA_ATTEND_SCORES };
-
 // Blocks per processor that registers are kept few enough for
-constexpr int hylra_blocks_wanted(int n_embd_v, int wide, hylra_attend_mode mode) {
-    return mode == HYLRA_ATTEND_SCORES ? (n_embd_v*wide <= 256 ? 4 : 3) : n_embd_v*wide <= 128 ? 3 : 2;
+constexpr int hylra_blocks_wanted(int n_embd, int wide, hylra_attend_mode mode) {
+    return mode == HYLRA_ATTEND_SCORES ? (n_embd*wide <= 256 ? 4 : 3) : n_embd*wide <= 128 ? 3 : 2;
 }
 
 // grid: (blocks of columns * chunks, KV heads, streams or with lists streams * tokens)
-template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, hylra_attend_mode MODE, bool SPLIT>
-static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wanted(EMBD_V, WIDE, MODE)) hylra_attend_kernel(const __grid_constant__ hylra_cuda_job job) {
+template <int TYPE, int EMBD, int WIDE, hylra_attend_mode MODE>
+static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wanted(EMBD, WIDE, MODE)) hylra_attend_kernel(const __grid_constant__ hylra_cuda_job job) {
     constexpr bool LISTED = MODE == HYLRA_ATTEND_LISTED, SCORES = MODE == HYLRA_ATTEND_SCORES;
-    constexpr int  Q_FRAGS = WIDE*EMBD_K; // of a warp (SPLIT) or of the block
-    constexpr int  V_BATCH = EMBD_V <= 128 ? EMBD_V/64 : 2;
-    constexpr bool V_EARLY = EMBD_V*WIDE <= 128; // V under way while K is computed: where registers allow
-    constexpr bool ONCE    = !SPLIT; // else each warp of a block reads the row
-    __shared__ uint4  q_frags[SPLIT ? HYLRA_CUDA_WARPS*Q_FRAGS : Q_FRAGS];
-    __shared__ __align__(8) float merge[SPLIT || SCORES ? 1 : HYLRA_CUDA_WARPS*HYLRA_SHARED_FLOATS<EMBD_V>];
+    constexpr int  V_BATCH = EMBD <= 128 ? EMBD/64 : 2;
+    constexpr bool V_EARLY = EMBD*WIDE <= 128; // V under way while K is computed: where registers allow
+    __shared__ uint4  q[WIDE*EMBD];
+    __shared__ __align__(8) float merge[SCORES ? 1 : HYLRA_CUDA_WARPS*HYLRA_SHARED_FLOATS<EMBD>];
     __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
 
     const hylra_attn & a = job.attn;
     const hylra_cuda_plan & p = job.plan;
-    const int lane = threadIdx.x%32, warp = threadIdx.x/32, t = lane%4;
+    const int warp = threadIdx.x/32, t = threadIdx.x%4;
     const int block_column = blockIdx.x%p.n_block_column, chunk = blockIdx.x/p.n_block_column, head_kv = blockIdx.y;
     const int stream = LISTED ? blockIdx.z/a.n_tokens : blockIdx.z, token0 = LISTED ? blockIdx.z%a.n_tokens : 0;
-    const int group0 = SPLIT ? block_column*HYLRA_CUDA_WARPS + warp : block_column*WIDE, column0 = group0*8;
+    const int group0 = block_column*WIDE, column0 = group0*8;
 
     hylra_column columns[WIDE][2];
     hylra_softmax state[WIDE];
-    float out[WIDE][EMBD_V/16][4] = {};
+    float out[WIDE][EMBD/16][4] = {};
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
 #pragma unroll
@@ -263,21 +227,19 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     const int32_t * list = LISTED ? (const int32_t *) a.cells + ((size_t(stream)*a.n_tokens + token0)*a.lists + job.head_list[head_kv])*a.n_cells : nullptr;
     const int n_listed = LISTED ? a.n_cells : a.n_kv;
     const int end = min((chunk + 1)*p.chunk_cells, n_listed);
-    const int step = SPLIT ? HYLRA_CUDA_TILE : HYLRA_CUDA_TILE*HYLRA_CUDA_WARPS;
-    int first = chunk*p.chunk_cells + (SPLIT ? 0 : warp*HYLRA_CUDA_TILE);
+    int first = chunk*p.chunk_cells + warp*HYLRA_CUDA_TILE;
 
     hylra_await(); // as late as possible: what comes before overlaps with the kernels before this one
     hylra_release();
     hylra_tile<WIDE> next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first, end);
-    uint4 * q = q_frags + (SPLIT ? warp*Q_FRAGS : 0);
-    hylra_stage_q<TYPE, EMBD_K, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q, SPLIT ? lane : threadIdx.x, SPLIT ? 32 : 32*HYLRA_CUDA_WARPS);
+    hylra_stage_q<TYPE, EMBD, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q);
     if (!LISTED) {
         hylra_clear_bins(job);
     }
     __syncthreads();
-    for (; first < end; first += step) {
+    for (; first < end; first += HYLRA_CUDA_STEP) {
         hylra_tile<WIDE> tile = next;
-        next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first + step, end); // its mask arrives while this tile is computed
+        next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first + HYLRA_CUDA_STEP, end); // its mask arrives while this tile is computed
         if (!hylra_tile_visible<WIDE, LISTED>(tile)) {
             continue;
         }
@@ -287,9 +249,9 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
         uint32_t weights[WIDE][2], p_frags[WIDE][2];
         uint4 rows[V_BATCH][4];
         if constexpr (V_EARLY && !SCORES) {
-            hylra_load_v<TYPE, ONCE, V_BATCH>(a, v, v_cell, 0, rows);
+            hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, 0, rows);
         }
-        hylra_tile_logits<TYPE, ONCE, EMBD_K, WIDE>(a, k, columns, tile, q, s);
+        hylra_tile_logits<TYPE, EMBD, WIDE>(a, k, columns, tile, q, s);
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
             const float2 shrink = hylra_tile_weights(state[w], s[w]);
@@ -303,11 +265,11 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
             }
         }
 #pragma unroll
-        for (int octets = 0; octets < (SCORES ? 0 : EMBD_V/64); octets += V_BATCH) {
+        for (int octets = 0; octets < (SCORES ? 0 : EMBD/64); octets += V_BATCH) {
             if (!V_EARLY || octets > 0) {
-                hylra_load_v<TYPE, ONCE, V_BATCH>(a, v, v_cell, octets, rows);
+                hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, octets, rows);
             }
-            hylra_add_v<EMBD_V, WIDE, V_BATCH>(rows, octets, p_frags, out);
+            hylra_add_v<EMBD, WIDE, V_BATCH>(rows, octets, p_frags, out);
         }
         if (!LISTED && job.select_lists) {
 #pragma unroll
@@ -321,40 +283,32 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     for (int w = 0; w < WIDE; ++w) {
         hylra_sum_lanes(state[w]);
         if constexpr (SCORES) {
-            hylra_store_state<SPLIT>(job, chunk, stream, head_kv, column0 + 8*w, columns[w], state[w], norms);
-        } else if constexpr (SPLIT) {
-            hylra_store_split<TYPE, EMBD_V>(job, chunk, stream, columns[w], state[w], out[w]);
+            hylra_store_state(job, chunk, stream, head_kv, column0 + 8*w, state[w], norms);
         } else {
-            hylra_store_merged<LISTED, TYPE, EMBD_V>(job, chunk, stream, head_kv, token0, column0 + 8*w, state[w], out[w], merge, norms);
+            hylra_store_merged<LISTED, TYPE, EMBD>(job, chunk, stream, head_kv, token0, column0 + 8*w, state[w], out[w], merge, norms);
         }
     }
 }
 
 // ---- launch
 
-template <int TYPE, int EMBD_K, int EMBD_V, int WIDE, bool SPLIT> static void hylra_launch(const hylra_cuda_job & job, cudaStream_t stream) {
+template <int TYPE, int EMBD, int WIDE> static void hylra_launch(const hylra_cuda_job & job, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
     const dim3 grid(job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.cells ? a.n_stream*a.n_tokens : a.n_stream);
     const auto enqueue = [&](auto mode) {
-        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD_K, EMBD_V, WIDE, decltype(mode)::value, SPLIT>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
+        hylra_enqueue<hylra_attend_kernel<TYPE, EMBD, WIDE, decltype(mode)::value>>(grid, 32*HYLRA_CUDA_WARPS, 0, stream, job);
     };
-    if (a.cells) {
-        enqueue(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_LISTED>());
-    } else if (job.plan.scores_only) {
-        enqueue(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_SCORES>());
-    } else {
-        enqueue(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_ALL>());
-    }
+    hylra_with_mode(job, enqueue);
 }
 
 template <int TYPE, int EMBD> static void hylra_launch_wide(const hylra_cuda_job & job, cudaStream_t stream) {
-    job.plan.wide == 2 ? hylra_launch<TYPE, EMBD, EMBD, 2, false>(job, stream) : hylra_launch<TYPE, EMBD, EMBD, 1, false>(job, stream);
+    job.plan.wide == 2 ? hylra_launch<TYPE, EMBD, 2>(job, stream) : hylra_launch<TYPE, EMBD, 1>(job, stream);
 }
 
 template <int TYPE> static void hylra_attend_type(const hylra_cuda_job & job, cudaStream_t stream) {
     const int n_embd = job.attn.n_embd_k > job.attn.n_embd_v ? job.attn.n_embd_k : job.attn.n_embd_v;
-    if (job.plan.split) {
-        hylra_launch<TYPE, 576, 512, 1, true>(job, stream);
+    if (job.plan.mla) {
+        hylra_mla_launch<TYPE>(job, stream);
     } else if (n_embd <= 64) {
         hylra_launch_wide<TYPE, 64>(job, stream);
     } else if (n_embd <= 128) {

@@ -13,8 +13,7 @@
 // On a GPU a reuse layer takes its 10 us however short the cache is; llama.cpp's dense kernel takes twice that at 16M values of K and V
 // (8192 cells of 8 KV heads of 128), so that even with one select layer in three nothing is lost (docs/cuda.md).
 constexpr uint64_t WORTH_VALUES         = 1u << 24;
-// MLA: 42 us for a reuse layer of DeepSeek-R1's shape on an H200 and 300 for a sparse select layer at 61440 cells, where dense takes 105
-constexpr uint64_t WORTH_VALUES_MLA     = 1u << 26;
+constexpr uint64_t WORTH_VALUES_MLA     = 1u << 23;
 constexpr int      LARGEST_PLAIN_HEAD   = 256;
 constexpr uint64_t WORTH_SKIPPED_VALUES = 12u << 20; // of V, that pay for the second attend of a select layer that skips them
 
@@ -42,7 +41,7 @@ bool hylra_cuda_fits(const hylra_attn & a, int lists) {
     const bool size_fits = largest <= LARGEST_PLAIN_HEAD || (a.n_embd_k <= 576 && a.n_embd_v <= 512);
     return has_kernel(a.type_k) && a.type_k == a.type_v && size_fits && a.n_embd_k%8 == 0 && a.n_embd_v%8 == 0 &&
            is_aligned(a.type_k, a.k_nb) && is_aligned(a.type_v, a.v_nb) && a.n_kv%4 == 0 && a.n_head_kv <= HYLRA_CUDA_MAX_HEADS_KV &&
-           a.n_tokens*a.n_stream <= HYLRA_CUDA_MAX_TOKENS && a.n_head_kv%lists == 0;
+           a.n_tokens*a.n_stream <= HYLRA_CUDA_MAX_TOKENS && a.n_head_kv%lists == 0 && a.n_head/lists <= HYLRA_CUDA_LIST_HEADS;
 }
 
 size_t hylra_cuda_floats(const hylra_attn & attn, int n_listed, bool listed, int select_lists, bool scores_only) {

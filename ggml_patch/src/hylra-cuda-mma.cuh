@@ -32,6 +32,62 @@ static __device__ __forceinline__ uint32_t hylra_transpose(uint32_t x) {
 #endif
 }
 
+// Four 8x8 matrices of halves from shared memory: lane i gives row i%8 of matrix i/8, and gets (g, 2t) and (g, 2t+1) of each
+static __device__ __forceinline__ void hylra_ldmatrix(uint32_t (&x)[4], const uint4 * row) {
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(uint32_t(__cvta_generic_to_shared(row))) : "memory");
+#else
+    __trap();
+#endif
+}
+
+// The same of the transposed matrices
+static __device__ __forceinline__ void hylra_ldmatrix_transposed(uint32_t (&x)[4], const uint4 * row) {
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(uint32_t(__cvta_generic_to_shared(row))) : "memory");
+#else
+    __trap();
+#endif
+}
+
+// ---- shared memory: what a launch asked for, and copies to it that are waited for later
+
+static __device__ __forceinline__ uint4 * hylra_dynamic_shared() {
+    extern __shared__ uint4 memory[];
+    return memory;
+}
+
+// Zeros if it is not present; before Ampere at once
+static __device__ __forceinline__ void hylra_copy_async(uint4 * to, const uint4 * from, bool present) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(present ? 16 : 0) : "memory");
+#else
+    *to = present ? *from : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+static __device__ __forceinline__ void hylra_copy_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all but the last N groups that this thread has committed; the block still has to meet.
+template <int N> static __device__ __forceinline__ void hylra_copy_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+#endif
+}
+
+// 2^x, 0 where that has no normal float: one instruction, exp2f takes four
+static __device__ __forceinline__ float hylra_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 static __device__ __forceinline__ uint32_t hylra_bits(half2 x) { return *reinterpret_cast<uint32_t *>(&x); }
 static __device__ __forceinline__ half2 hylra_half2(uint32_t x) { return *reinterpret_cast<half2 *>(&x); }
 

@@ -16,20 +16,23 @@
 #endif
 
 constexpr int HYLRA_CUDA_TILE       = 16;      // cells of one matrix instruction
+constexpr int HYLRA_CUDA_STEP       = 64;      // cells that a block takes together; a chunk holds whole steps
 constexpr int HYLRA_CUDA_WARPS      = 4;       // of a block
 constexpr int HYLRA_CUDA_COLUMNS    = 8;       // of a group
 constexpr int HYLRA_CUDA_BLOCKS     = 392;     // blocks that fill a large card once (H200: 132 processors, 3 blocks each)
 constexpr int HYLRA_CUDA_SCORING_BLOCKS = 528; // without V a block needs fewer registers: 4 each
-constexpr int HYLRA_CUDA_MLA_BLOCKS = 132;     // for lists of an MLA layer, whose outputs per chunk weigh most: 60 us with 256 blocks, 45 with 132
-constexpr int HYLRA_CUDA_MAX_CHUNKS = 64;
+constexpr int HYLRA_CUDA_MLA_BLOCKS = 132;     // one each, as a block of hylra-cuda-mla.cuh takes a processor's shared memory
+constexpr int HYLRA_CUDA_MAX_CHUNKS = 128;
 constexpr int HYLRA_CUDA_MAX_HEADS_KV = 256;
+constexpr int HYLRA_CUDA_LIST_HEADS = 256;     // query heads that share a list
 constexpr int HYLRA_CUDA_MAX_TOKENS = 64;      // of a batch, all streams together
 constexpr int HYLRA_CUDA_BINS       = 2048;    // of the first digit of a score, see hylra-radix.h
 
 struct hylra_cuda_plan {
     int32_t n_column;     // of one KV head and stream; with a list of cells: and token
     int32_t wide;         // groups that one warp serves: 1 or 2
-    int32_t split;        // 1: the warps of a block take different columns of the same cells (MLA), else different cells
+    int32_t mla;          // 1: rows of more than 256 values, for hylra-cuda-mla.cuh
+    int32_t block_columns; // of one block
     int32_t n_block_column; // blocks that share the columns
     int32_t n_group;      // groups of eight columns, padded to whole blocks
     int32_t n_word;       // of two columns each, in which a select layer keeps a cell's weights of one group
@@ -43,19 +46,19 @@ HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_l
     const int group = a.n_head/a.n_head_kv;
     hylra_cuda_plan p = {};
     p.n_column = listed ? group : group*a.n_tokens;
-    p.split    = a.n_embd_k > 256 || a.n_embd_v > 256;
-    p.wide     = !p.split && p.n_column > HYLRA_CUDA_COLUMNS ? 2 : 1;
-    const int block_groups = p.split ? HYLRA_CUDA_WARPS : p.wide;
-    p.n_block_column = hylra_ceil_div(p.n_column, block_groups*HYLRA_CUDA_COLUMNS);
-    p.n_group        = p.n_block_column*block_groups;
+    p.mla      = a.n_embd_k > 256 || a.n_embd_v > 256;
+    p.wide     = !p.mla && p.n_column > HYLRA_CUDA_COLUMNS ? 2 : 1;
+    // one list is so short that blocks of 64 columns would not fill the card
+    const bool few = listed && a.n_stream*a.n_tokens == 1;
+    p.block_columns  = !p.mla ? p.wide*HYLRA_CUDA_COLUMNS : few || p.n_column <= 32 ? 32 : 64;
+    p.n_block_column = hylra_ceil_div(p.n_column, p.block_columns);
+    p.n_group        = p.n_block_column*p.block_columns/HYLRA_CUDA_COLUMNS;
     p.n_word         = p.n_group == 1 ? hylra_ceil_div(p.n_column, 2) : HYLRA_CUDA_COLUMNS/2;
-    // cells that the warps of a block take in one step; a chunk holds whole steps
-    const int step = HYLRA_CUDA_TILE*(p.split ? 1 : HYLRA_CUDA_WARPS);
     const int rows = a.n_head_kv*a.n_stream*(listed ? a.n_tokens : 1)*p.n_block_column;
     p.scores_only = scores_only;
-    int n_chunk = (scores_only ? HYLRA_CUDA_SCORING_BLOCKS : p.split && listed ? HYLRA_CUDA_MLA_BLOCKS : HYLRA_CUDA_BLOCKS)/rows;
+    int n_chunk = (p.mla ? HYLRA_CUDA_MLA_BLOCKS : scores_only ? HYLRA_CUDA_SCORING_BLOCKS : HYLRA_CUDA_BLOCKS)/rows;
     n_chunk = n_chunk < 1 ? 1 : n_chunk > HYLRA_CUDA_MAX_CHUNKS ? HYLRA_CUDA_MAX_CHUNKS : n_chunk;
-    p.chunk_cells = hylra_ceil_div(hylra_ceil_div(n_listed, n_chunk), step)*step;
+    p.chunk_cells = hylra_ceil_div(hylra_ceil_div(n_listed, n_chunk), HYLRA_CUDA_STEP)*HYLRA_CUDA_STEP;
     p.n_chunk     = hylra_ceil_div(n_listed, p.chunk_cells);
     return p;
 }

@@ -152,7 +152,7 @@ static __device__ __forceinline__ void hylra_reuse_tile(const hylra_attn & a, co
                                                         const uint4 (&k_rows)[EMBD/32][2], uint4 (&v_rows)[V_BATCH][4], const uint4 * q, hylra_reuse_state<EMBD, WIDE> & state) {
     float s[WIDE][4] = {};
     uint32_t p_frags[WIDE][2];
-    hylra_add_k<EMBD, WIDE>(k_rows, 0, q, s);
+    hylra_add_k<EMBD, WIDE>(k_rows, q, s);
     hylra_finish_logits(a, state.columns, tile, s);
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
@@ -163,7 +163,7 @@ static __device__ __forceinline__ void hylra_reuse_tile(const hylra_attn & a, co
 #pragma unroll
     for (int octets = 0; octets < EMBD/64; octets += V_BATCH) {
         if (!V_EARLY || octets > 0) {
-            hylra_load_v<TYPE, true>(a, v, v_cell, octets, v_rows);
+            hylra_load_v<TYPE>(a, v, v_cell, octets, v_rows);
         }
         hylra_add_v<EMBD, WIDE>(v_rows, octets, p_frags, state.out);
     }
@@ -192,9 +192,9 @@ static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & 
         const int v_cell[4] = { __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t + 4),
                                 __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t + 4) };
         uint4 k_rows[EMBD/32][2], v_rows[V_BATCH][4];
-        hylra_load_k<TYPE, true>(a, k, tile, 0, k_rows);
+        hylra_load_k<TYPE>(a, k, tile, k_rows);
         if constexpr (V_EARLY) {
-            hylra_load_v<TYPE, true>(a, v, v_cell, 0, v_rows);
+            hylra_load_v<TYPE>(a, v, v_cell, 0, v_rows);
         }
         if (!staged) {
             queries.stage(a, q);
@@ -331,7 +331,7 @@ template <int TYPE, int EMBD, int WIDE> static bool hylra_reuse_sized(const hylr
 // False where attend and reduce must do it: MLA, two groups of columns of 256 dimensions, many rows, cards before Hopper
 template <int TYPE> static bool hylra_reuse_type(const hylra_cuda_job & job, float * output, cudaStream_t stream) {
     const int n_embd = job.attn.n_embd_k > job.attn.n_embd_v ? job.attn.n_embd_k : job.attn.n_embd_v;
-    if (job.plan.split || (n_embd > 128 && job.plan.wide > 1)) {
+    if (job.plan.mla || (n_embd > 128 && job.plan.wide > 1)) {
         return false;
     }
     if (n_embd > 128) {

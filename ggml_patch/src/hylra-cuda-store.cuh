@@ -4,9 +4,25 @@
 #include "hylra-cuda-rows.cuh"
 #include "hylra-cuda.cuh"
 
+#include <type_traits>
+
 constexpr float HYLRA_LOG2E = 1.4426950408889634f;
 // Weights are at most 2^8 instead of 1, so that small ones keep their precision as halves.
 constexpr float HYLRA_CUDA_HEADROOM = 8.0f;
+
+// What a kernel does: all cells, a list of cells, or all cells without V
+enum hylra_attend_mode { HYLRA_ATTEND_ALL, HYLRA_ATTEND_LISTED, HYLRA_ATTEND_SCORES };
+
+// Calls with the job's mode as a constant.
+template <typename F> static void hylra_with_mode(const hylra_cuda_job & job, F launch) {
+    if (job.attn.cells) {
+        launch(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_LISTED>());
+    } else if (job.plan.scores_only) {
+        launch(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_SCORES>());
+    } else {
+        launch(std::integral_constant<hylra_attend_mode, HYLRA_ATTEND_ALL>());
+    }
+}
 
 // ---- one column: a query head of a token
 
@@ -33,8 +49,31 @@ template <bool LISTED> static __device__ __forceinline__ hylra_column hylra_colu
     return { LISTED ? token0 : column/group, head, hylra_cuda_slope(a, head) };
 }
 
+constexpr uint16_t HYLRA_HALF_HIDDEN = 0xFC00; // -inf
+
+template <bool LISTED> static __device__ __forceinline__ uint16_t hylra_cuda_mask(const hylra_attn & a, const hylra_column & column, int stream, int cell) {
+    if (cell < 0 || column.head < 0) {
+        return HYLRA_HALF_HIDDEN;
+    }
+    if (!a.mask || (LISTED && a.max_bias <= 0.0f)) { // a listed cell was seen when it was chosen
+        return 0;
+    }
+    const char * row = (const char *) a.mask + column.token*a.mask_nb[1] + stream*a.mask_nb[3];
+    return ((const uint16_t *) row)[cell];
+}
+
 // State of the online softmax for two columns; weights are exp2(logit - ref).
 struct hylra_softmax { float ref[2], sum[2]; };
+
+// The lanes of a column have summed different cells.
+static __device__ __forceinline__ void hylra_sum_lanes(hylra_softmax & state) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        for (int mask = 4; mask < 32; mask *= 2) {
+            state.sum[c] += __shfl_xor_sync(0xFFFFFFFFu, state.sum[c], mask);
+        }
+    }
+}
 
 // ---- stores
 
@@ -74,31 +113,6 @@ static __device__ __forceinline__ void hylra_store_norm(const hylra_cuda_job & j
 
 static __device__ __forceinline__ float * hylra_outputs(const hylra_cuda_job & job, int chunk, int stream, const hylra_column & column) {
     return (float *) (job.scratch + job.layout.outputs) + (hylra_cuda_row(job.attn, stream, column)*job.plan.n_chunk + chunk)*job.attn.n_embd_v;
-}
-
-// Each warp has columns of its own: its state is the chunk's.
-template <int TYPE, int EMBD_V>
-static __device__ void hylra_store_split(const hylra_cuda_job & job, int chunk, int stream, const hylra_column (&columns)[2], const hylra_softmax & state, const float (&out)[EMBD_V/16][4]) {
-    const int g = threadIdx.x%32/4;
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-        if (columns[c].head < 0) {
-            continue;
-        }
-        float * to = hylra_outputs(job, chunk, stream, columns[c]);
-#pragma unroll
-        for (int m = 0; m < EMBD_V/16; ++m) {
-            for (int odd = 0; odd < 2; ++odd) {
-                const int d = hylra_octet_dim<TYPE>(m/4*8 + g, m%4*2 + odd);
-                if (d < job.attn.n_embd_v) {
-                    to[d] = out[m][2*odd + c];
-                }
-            }
-        }
-        if (g == 0) {
-            hylra_store_norm(job, chunk, stream, columns[c], state.ref[c], state.sum[c]);
-        }
-    }
 }
 
 // Where a warp's outputs of a column begin in shared memory. Odd columns come after even ones, and rows are two values longer than a head: so the stores
@@ -166,18 +180,9 @@ static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk,
 }
 
 // The softmax states of one group of columns alone, for a layer of which only scores are wanted
-template <bool SPLIT>
-static __device__ void hylra_store_state(const hylra_cuda_job & job, int chunk, int stream, int head_kv, int first_column, const hylra_column (&columns)[2],
-                                         const hylra_softmax & state, float2 (*norms)[8] /* [warps] */) {
+static __device__ __forceinline__ void hylra_store_state(const hylra_cuda_job & job, int chunk, int stream, int head_kv, int first_column, const hylra_softmax & state,
+                                                         float2 (*norms)[8] /* [warps] */) {
     const int warp = threadIdx.x/32, g = threadIdx.x%32/4, t = threadIdx.x%4;
-    if constexpr (SPLIT) {
-        for (int c = 0; c < 2 && g == 0; ++c) {
-            if (columns[c].head >= 0) {
-                hylra_store_norm(job, chunk, stream, columns[c], state.ref[c], state.sum[c]);
-            }
-        }
-        return;
-    }
     __syncthreads();
     if (g == 0) {
         norms[warp][2*t]     = make_float2(state.ref[0], state.sum[0]);

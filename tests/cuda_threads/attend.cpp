@@ -1,6 +1,7 @@
-// Attention on random F16 rows by the CUDA kernels, beside plain double precision: `attend BLOCK.so... < cases`. A case: name, head size, query heads,
-// KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells. Prints for each its name and the largest errors, relative to the
-// largest value: output of select, its scores, scores without V, output of reuse in two launches and in one.
+// Attention on random F16 rows by the CUDA kernels, beside plain double precision: `attend BLOCK.so... < cases`. A case: kernel, head size, query heads,
+// KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells. The kernels: `plain`; of hylra-cuda-mla.cuh, with K of 576 values,
+// `mla16`, `mla32` and `mla64` by columns per block, whose V is the first 512 of them, and `apart`, as mla32 with V rows of its own. Prints for each the
+// kernel and the largest errors, relative to the largest value: output of select, its scores, scores without V, output of reuse in two launches and, plain, in one.
 #include "hylra-attn.h"
 #include "hylra-cuda-plan.h"
 
@@ -18,7 +19,7 @@
 
 #include "hylra-cuda.cuh"
 
-enum { ATTEND, REDUCE, POOL, REUSE };
+enum { ATTEND, REDUCE, POOL, REUSE, MLA_32, MLA_64, MLA_16 };
 struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; float * scores; };
 
 // ---- blocks
@@ -62,8 +63,9 @@ static void launch(work w, int x, int y, int z, int side) {
 // ---- problems
 
 struct problem {
-    int size, heads, heads_kv, n_kv, tokens, streams, n_listed, lists, sinks;
+    int kernel, size, size_v, heads, heads_kv, n_kv, tokens, streams, n_listed, lists, sinks;
     float visible;
+    bool v_in_k;
     std::vector<float> q, sink_values;
     std::vector<_Float16> k, v, mask;
     std::vector<int32_t> cells, forced, head_list;
@@ -73,7 +75,7 @@ struct problem {
     void fill(std::mt19937 & rng) {
         std::normal_distribution<float> normal;
         const auto random = [&](auto & to, size_t n, float scale) { to.resize(n); for (auto & x : to) { x = scale*normal(rng); } };
-        random(q, size_t(size)*rows(), 2.0f), random(k, size_t(size)*heads_kv*n_kv*streams, 1.0f), random(v, size_t(size)*heads_kv*n_kv*streams, 1.0f);
+        random(q, size_t(size)*rows(), 2.0f), random(k, size_t(size)*heads_kv*n_kv*streams, 1.0f), random(v, size_t(size_v)*heads_kv*n_kv*streams, 1.0f);
         random(sink_values, sinks ? heads : 0, 1.0f);
         mask.resize(size_t(n_kv)*tokens*streams);
         for (_Float16 & x : mask) { x = _Float16(rng()%1000 < visible*1000 ? 0.0f : -INFINITY); }
@@ -93,12 +95,13 @@ struct problem {
         hylra_cuda_job j = {};
         hylra_attn & a = j.attn;
         a.type_k = a.type_v = 1;
-        a.n_embd_k = a.n_embd_v = size, a.n_head = heads, a.n_head_kv = heads_kv, a.n_kv = n_kv, a.n_tokens = tokens, a.n_stream = streams;
-        a.scale = 1.0f/sqrtf(float(size)), a.q = q.data(), a.k = k.data(), a.v = v.data(), a.mask = mask.data(), a.sinks = sinks ? sink_values.data() : nullptr;
-        const uint64_t of_q = 4ull*size, row = 2ull*size, of_mask = 2ull*n_kv;
-        const uint64_t q_nb[4] = { 4, of_q*heads, of_q, of_q*heads*tokens }, kv_nb[4] = { 2, row*heads_kv, row, row*heads_kv*n_kv };
+        a.n_embd_k = size, a.n_embd_v = size_v, a.n_head = heads, a.n_head_kv = heads_kv, a.n_kv = n_kv, a.n_tokens = tokens, a.n_stream = streams;
+        a.scale = 1.0f/sqrtf(float(size)), a.q = q.data(), a.k = k.data(), a.v = v_in_k ? k.data() : v.data(), a.mask = mask.data(), a.sinks = sinks ? sink_values.data() : nullptr;
+        const uint64_t of_q = 4ull*size, row = 2ull*size, row_v = v_in_k ? row : 2ull*size_v, of_mask = 2ull*n_kv;
+        const uint64_t q_nb[4] = { 4, of_q*heads, of_q, of_q*heads*tokens }, k_nb[4] = { 2, row*heads_kv, row, row*heads_kv*n_kv };
+        const uint64_t v_nb[4] = { 2, row_v*heads_kv, row_v, row_v*heads_kv*n_kv };
         const uint64_t mask_nb[4] = { 2, of_mask, of_mask*tokens, of_mask*tokens };
-        memcpy(a.q_nb, q_nb, sizeof(q_nb)), memcpy(a.k_nb, kv_nb, sizeof(kv_nb)), memcpy(a.v_nb, kv_nb, sizeof(kv_nb)), memcpy(a.mask_nb, mask_nb, sizeof(mask_nb));
+        memcpy(a.q_nb, q_nb, sizeof(q_nb)), memcpy(a.k_nb, k_nb, sizeof(k_nb)), memcpy(a.v_nb, v_nb, sizeof(v_nb)), memcpy(a.mask_nb, mask_nb, sizeof(mask_nb));
         if (listed) { a.cells = cells.data(), a.n_cells = n_listed, a.lists = lists; }
         j.plan = hylra_cuda_plan_of(a, listed ? n_listed : n_kv, listed, scores_only);
         j.select_lists = listed ? 0 : lists;
@@ -111,7 +114,7 @@ struct problem {
 
     // Output and, if wanted, scores by their definition
     std::vector<float> reference(bool listed, std::vector<float> * scores) const {
-        std::vector<float> out(size_t(size)*rows());
+        std::vector<float> out(size_t(size_v)*rows());
         if (scores) { scores->assign(size_t(n_kv)*lists*tokens*streams, 0.0f); }
         for (int row = 0; row < rows(); ++row) {
             const int head = row%heads, column = row/heads, stream = column/tokens, head_kv = head/(heads/heads_kv);
@@ -121,20 +124,21 @@ struct problem {
                 const int cell = cells[(size_t(column)*lists + head_list[head_kv])*n_listed + i];
                 if (cell >= 0) { wanted[cell] = 1; }
             }
-            const auto row_of = [&](const std::vector<_Float16> & x, int cell) { return &x[((size_t(stream)*n_kv + cell)*heads_kv + head_kv)*size]; };
+            const auto row_of = [&](const std::vector<_Float16> & x, int n, int cell) { return &x[((size_t(stream)*n_kv + cell)*heads_kv + head_kv)*n]; };
+            const auto v_of = [&](int cell) { return v_in_k ? row_of(k, size, cell) : row_of(v, size_v, cell); };
             double top = sinks ? sink_values[head] : -INFINITY, sum = 0.0;
             for (int cell = 0; cell < n_kv; ++cell) {
                 weight[cell] = -INFINITY;
                 if (!wanted[cell] || mask[size_t(column)*n_kv + cell] != 0) { continue; }
                 double dot = 0.0;
-                for (int d = 0; d < size; ++d) { dot += double(q[size_t(row)*size + d])*double(float(row_of(k, cell)[d])); }
+                for (int d = 0; d < size; ++d) { dot += double(q[size_t(row)*size + d])*double(float(row_of(k, size, cell)[d])); }
                 weight[cell] = dot/sqrt(double(size));
                 top = std::max(top, weight[cell]);
             }
             for (double & w : weight) { w = w == -INFINITY ? 0.0 : exp(w - top); sum += w; }
             sum += sinks ? exp(sink_values[head] - top) : 0.0;
             for (int cell = 0; cell < n_kv && sum > 0.0; ++cell) {
-                for (int d = 0; d < size; ++d) { out[size_t(row)*size + d] += float(weight[cell]/sum*double(float(row_of(v, cell)[d]))); }
+                for (int d = 0; d < size_v; ++d) { out[size_t(row)*size_v + d] += float(weight[cell]/sum*double(float(v_of(cell)[d]))); }
                 if (scores) { (*scores)[(size_t(column)*lists + head_kv/(heads_kv/lists))*n_kv + cell] += float(weight[cell]/sum*lists/heads); }
             }
         }
@@ -157,19 +161,20 @@ static double error(const std::vector<float> & found, const std::vector<float> &
     return gap/top;
 }
 
-static void attend(const hylra_cuda_job & job) {
+static void attend(const hylra_cuda_job & job, int kernel) {
     const hylra_attn & a = job.attn;
-    launch({ ATTEND, {}, 0, job, nullptr, nullptr, nullptr }, job.plan.n_block_column*job.plan.n_chunk, a.n_head_kv, a.n_stream*(a.cells ? a.n_tokens : 1), 1);
+    const int columns = kernel == MLA_16 ? 16 : kernel == MLA_32 ? 32 : kernel == MLA_64 ? 64 : job.plan.block_columns;
+    launch({ kernel, {}, 0, job, nullptr, nullptr, nullptr }, job.plan.n_group*8/columns*job.plan.n_chunk, a.n_head_kv, a.n_stream*(a.cells ? a.n_tokens : 1), 1);
 }
 
 static void run(const problem & p, double (&errors)[5]) {
     std::vector<char> scratch;
-    std::vector<float> expected_scores, out(size_t(p.size)*p.rows(), NAN), scores;
+    std::vector<float> expected_scores, out(size_t(p.size_v)*p.rows(), NAN), scores;
     const std::vector<float> expected = p.reference(false, &expected_scores), listed = p.reference(true, nullptr);
     for (bool scores_only : { false, true }) {
         const hylra_cuda_job job = p.job(false, scores_only, scratch);
         scores.assign(expected_scores.size(), NAN);
-        attend(job);
+        attend(job, p.kernel);
         const int n_part = hylra_ceil_div(p.n_kv, 512), n_reduced = scores_only ? 0 : hylra_ceil_div(p.rows(), n_part);
         launch({ POOL, {}, 2, job, out.data(), p.forced.data(), scores.data() }, n_part, p.lists*p.tokens*p.streams + n_reduced, 1, 1);
         errors[1 + scores_only] = error(scores, expected_scores);
@@ -177,9 +182,10 @@ static void run(const problem & p, double (&errors)[5]) {
     errors[0] = error(out, expected);
     const hylra_cuda_job job = p.job(true, false, scratch);
     out.assign(out.size(), NAN);
-    attend(job);
+    attend(job, p.kernel);
     launch({ REDUCE, {}, 0, job, out.data(), nullptr, nullptr }, p.rows(), 1, 1, 1);
     errors[3] = error(out, listed);
+    if (p.kernel != ATTEND) { return; }
     out.assign(out.size(), NAN);
     launch({ REUSE, {}, 0, job, out.data(), nullptr, nullptr }, int(blocks.size())*job.plan.n_block_column, p.heads_kv, p.tokens*p.streams, int(blocks.size()));
     errors[4] = error(out, listed);
@@ -191,13 +197,19 @@ int main(int argc, char ** argv) {
         if (!blocks.back()) { fprintf(stderr, "%s\n", dlerror()); return 2; }
     }
     std::mt19937 rng(11);
-    char name[64];
+    char kernel[64];
     problem p;
-    while (scanf("%63s %d %d %d %d %d %d %d %d %d %f", name, &p.size, &p.heads, &p.heads_kv, &p.n_kv, &p.tokens, &p.streams, &p.n_listed, &p.lists, &p.sinks, &p.visible) == 11) {
+    while (scanf("%63s %d %d %d %d %d %d %d %d %d %f", kernel, &p.size, &p.heads, &p.heads_kv, &p.n_kv, &p.tokens, &p.streams, &p.n_listed, &p.lists, &p.sinks, &p.visible) == 11) {
+        const std::string name = kernel;
+        p.kernel = name == "plain" ? ATTEND : name == "mla16" ? MLA_16 : name == "mla64" ? MLA_64 : MLA_32;
+        p.v_in_k = p.kernel != ATTEND && name != "apart";
+        p.size_v = p.kernel == ATTEND ? p.size : 512;
         double errors[5];
         p.fill(rng);
         run(p, errors);
-        printf("%s %.3g %.3g %.3g %.3g %.3g\n", name, errors[0], errors[1], errors[2], errors[3], errors[4]);
+        printf("%s", kernel);
+        for (int i = 0; i < (p.kernel == ATTEND ? 5 : 4); ++i) { printf(" %.3g", errors[i]); }
+        printf("\n");
         fflush(stdout);
         p = problem();
     }

@@ -1,4 +1,4 @@
-// One block of the attention kernels for F16 rows of up to 128 values. Compiled into a library that the test loads once per block of a cluster.
+// One block of the attention kernels for F16 rows of up to 128 values, or of 576 (MLA). Compiled into a library that the test loads once per block of a cluster.
 #define __CUDACC__
 #include "cuda_runtime.h"
 
@@ -6,24 +6,24 @@
 #include "hylra-cuda-select.cu"
 
 constexpr int CLUSTER = 16, WARPS = 4;
-enum { ATTEND, REDUCE, POOL, REUSE };
-constexpr int N_THREADS[] = { 32*HYLRA_CUDA_WARPS, REDUCE_THREADS, POOL_FEW_THREADS, 32*WARPS };
+enum { ATTEND, REDUCE, POOL, REUSE, MLA_32, MLA_64, MLA_16 };
+constexpr int N_THREADS[] = { 32*HYLRA_CUDA_WARPS, REDUCE_THREADS, POOL_FEW_THREADS, 32*WARPS, 256, 256, 128 };
 
 struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; float * scores; };
 
 template <int WIDE> static void run_wide(const work & w) {
     if (w.kind == REUSE) {
         hylra_reuse_kernel<GGML_TYPE_F16, 128, WIDE, WARPS, CLUSTER>(w.job, w.out);
-    } else if (w.job.attn.cells) {
-        hylra_attend_kernel<GGML_TYPE_F16, 128, 128, WIDE, HYLRA_ATTEND_LISTED, false>(w.job);
-    } else if (w.job.plan.scores_only) {
-        hylra_attend_kernel<GGML_TYPE_F16, 128, 128, WIDE, HYLRA_ATTEND_SCORES, false>(w.job);
     } else {
-        hylra_attend_kernel<GGML_TYPE_F16, 128, 128, WIDE, HYLRA_ATTEND_ALL, false>(w.job);
+        hylra_with_mode(w.job, [&](auto mode) { hylra_attend_kernel<GGML_TYPE_F16, 128, WIDE, decltype(mode)::value>(w.job); });
     }
 }
 
-template <int N_WORD> static void run_pool(const work & w) { pool_kernel<POOL_FEW_THREADS, N_WORD, 1>(w.job, w.out, w.forced, w.n_forced, w.scores); }
+template <int COLUMNS, int CELLS> static void run_mla(const work & w, int stages) {
+    hylra_with_mode(w.job, [&](auto mode) { hylra_mla_kernel<GGML_TYPE_F16, COLUMNS, CELLS, decltype(mode)::value>(w.job, stages); });
+}
+
+template <int N_WORD> static void run_pool(const work & w) { pool_kernel<POOL_FEW_THREADS, N_WORD, 1, 1>(w.job, w.out, w.forced, w.n_forced, w.scores); }
 
 extern "C" {
 
@@ -45,6 +45,12 @@ void run(const work & w, int x, int y, int z, int thread) {
         reduce_kernel(w.job, w.out);
     } else if (w.kind == POOL) {
         w.job.plan.n_word == 1 ? run_pool<1>(w) : w.job.plan.n_word == 2 ? run_pool<2>(w) : w.job.plan.n_word == 3 ? run_pool<3>(w) : run_pool<4>(w);
+    } else if (w.kind == MLA_32) {
+        run_mla<32, 64>(w, 2);
+    } else if (w.kind == MLA_64) {
+        run_mla<64, 64>(w, 1);
+    } else if (w.kind == MLA_16) {
+        run_mla<16, 32>(w, 1);
     } else {
         w.job.plan.wide == 2 ? run_wide<2>(w) : run_wide<1>(w);
     }

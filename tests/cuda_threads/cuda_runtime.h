@@ -62,6 +62,8 @@ struct shared_by_block {
     pthread_barrier_t block, warp[32];
     uint64_t lanes[32][32];
     uint32_t fragments[32][32][6]; // of a product of matrices
+    const void * rows[32][32];     // of matrices in shared memory
+    int any;
     pthread_barrier_t * cluster;
     const char * bases[16]; // where each block's copy of `of_block` lies
 };
@@ -69,6 +71,16 @@ inline shared_by_block of_block;
 
 inline void __syncthreads() { pthread_barrier_wait(&of_block.block); }
 inline void __syncwarp() { pthread_barrier_wait(&of_block.warp[threadIdx.x/32]); }
+
+inline int __syncthreads_or(int x) {
+    if (x) { __atomic_store_n(&of_block.any, 1, __ATOMIC_RELAXED); }
+    __syncthreads();
+    const int any = __atomic_load_n(&of_block.any, __ATOMIC_RELAXED);
+    __syncthreads();
+    if (threadIdx.x == 0) { of_block.any = 0; }
+    __syncthreads();
+    return any;
+}
 
 template <typename T> T lane_of(T x, int lane) { // what another lane gives
     uint64_t * lanes = of_block.lanes[threadIdx.x/32];
@@ -91,7 +103,8 @@ inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) !=
 // ---- launches: the test starts the threads itself
 
 typedef void * cudaStream_t;
-enum { cudaSuccess, cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum { cudaSuccess, cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension, cudaFuncAttributeNonPortableClusterSizeAllowed, cudaFuncAttributeMaxDynamicSharedMemorySize,
+       cudaDevAttrMaxSharedMemoryPerBlockOptin };
 struct cudaFuncAttributes { int ptxVersion; };
 struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val; };
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute * attrs; int numAttrs; };
@@ -100,6 +113,7 @@ template <typename F> int cudaFuncGetAttributes(cudaFuncAttributes * attributes,
 template <typename F, typename... Args> int cudaLaunchKernelEx(const cudaLaunchConfig_t *, F, Args...) { return cudaSuccess; }
 template <typename F> int cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
 template <typename F> int cudaOccupancyMaxActiveClusters(int * n, F, const cudaLaunchConfig_t *) { *n = 1; return cudaSuccess; }
+inline int cudaDeviceGetAttribute(int *, int, int) { return cudaSuccess; }
 inline int cudaGetLastError() { return cudaSuccess; }
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
