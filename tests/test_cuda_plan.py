@@ -36,9 +36,9 @@ int main() {
         const hylra_cuda_plan p = hylra_cuda_plan_of(a, n, listed, scores_only);
         const hylra_cuda_layout l = hylra_cuda_layout_of(a, p, listed ? 0 : heads_kv);
         const long rows = long(a.n_head)*tokens*streams, groups = listed ? 0 : long(p.n_group)*heads_kv*streams;
-        const bool columns = p.n_group*8 >= p.n_column && p.n_word*2 >= (p.n_group == 1 ? p.n_column : 8) && (p.n_block_column - 1)*(p.split ? 4 : p.wide)*8 < p.n_column;
+        const bool columns = p.n_group*8 >= p.n_column && p.n_word*2 >= (p.n_group == 1 ? p.n_column : 8) && p.n_block_column*p.block_columns == p.n_group*8 && (p.n_block_column - 1)*p.block_columns < p.n_column;
         const bool cells   = p.n_chunk >= 1 && p.n_chunk <= HYLRA_CUDA_MAX_CHUNKS && long(p.n_chunk)*p.chunk_cells >= n && long(p.n_chunk - 1)*p.chunk_cells < n;
-        const bool tiles   = p.chunk_cells % (p.split ? 16 : 64) == 0 && !(p.split && p.wide > 1);
+        const bool tiles   = p.chunk_cells % HYLRA_CUDA_STEP == 0 && p.mla == (size[0] > 256) && p.block_columns % (p.mla ? 32 : p.wide*8) == 0 && p.block_columns <= 64;
         const bool order   = l.norms >= size_t(scores_only ? 0 : rows*p.n_chunk*size[1]*4) && l.peaks - l.norms >= size_t(rows*p.n_chunk*8) &&
                              l.weights - l.peaks >= size_t(groups*((n_kv + 15)/16)*32) && l.bins - l.weights >= size_t(groups*n_kv*p.n_word*4) && l.size >= l.bins;
         const bool aligned = (l.norms | l.peaks | l.weights | l.bins) % 128 == 0;

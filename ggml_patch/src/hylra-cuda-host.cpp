@@ -13,6 +13,7 @@
 // On a GPU a reuse layer takes its 10 us however short the cache is; llama.cpp's dense kernel takes twice that at 16M values of K and V
 // (8192 cells of 8 KV heads of 128), so that even with one select layer in three nothing is lost (docs/cuda.md).
 constexpr uint64_t WORTH_VALUES         = 1u << 24;
+// MLA: dense attention of DeepSeek-R1's shape takes 33 us for 9M values already, and with one select layer of eight a layer takes 18
 constexpr uint64_t WORTH_VALUES_MLA     = 1u << 23;
 constexpr int      LARGEST_PLAIN_HEAD   = 256;
 constexpr uint64_t WORTH_SKIPPED_VALUES = 12u << 20; // of V, that pay for the second attend of a select layer that skips them
