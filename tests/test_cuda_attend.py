@@ -64,9 +64,9 @@ def attend(tmp_path_factory):
 @pytest.mark.parametrize("name", [*CASES, *MLA_CASES])
 def test_kernels_attend_as_defined(attend, name):
     case = ("plain", *CASES[name]) if name in CASES else MLA_CASES[name]
-    done = subprocess.run(attend, input=" ".join(map(str, case)), capture_output=True, text=True, timeout=300)  # 5 s; a lost barrier never ends
+    done = subprocess.run(attend, input=" ".join(map(str, case)), capture_output=True, text=True, timeout=300)  # 1 to 20 s; a lost barrier never ends
     if done.returncode == NO_THREADS:
-        pytest.skip("this machine does not give a process 2048 threads")
+        pytest.skip("this machine does not give a process the threads of a cluster (2048) or of a block (128 to 512)")
     assert done.returncode == 0, done.stderr
     errors = dict(zip(ERRORS, map(float, done.stdout.split()[1:])))
     assert len(done.stdout.split()) == 1 + len(ERRORS[:5 if name in CASES else 4]) and all(error < TOLERANCE for error in errors.values()), errors

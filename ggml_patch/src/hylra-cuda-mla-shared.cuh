@@ -47,32 +47,45 @@ template <bool ALIGNED> static __device__ __forceinline__ float4 hylra_mla_float
     return present ? make_float4(x[0], x[1], x[2], x[3]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-template <int TYPE, bool ALIGNED, int COLUMNS, int CELLS>
-static __device__ __forceinline__ void hylra_mla_stage_octets(const hylra_attn & a, const hylra_mla_block & at, hylra_mla_shared<COLUMNS, CELLS> & shared) {
+// A thread's part of the queries, on its way while the first rows are looked up: their list and they would wait for memory one after the other
+template <int TYPE, int COLUMNS, int CELLS> struct hylra_mla_queries {
     using shared_t = hylra_mla_shared<COLUMNS, CELLS>;
-    const float scale = a.softcap == 0.0f ? a.scale*HYLRA_LOG2E : a.scale;
-#pragma unroll 9
-    for (int n = 0; n < COLUMNS*HYLRA_MLA_OCTETS_K/shared_t::N_THREADS; ++n) {
-        const int i = n*shared_t::N_THREADS + threadIdx.x, column = i/HYLRA_MLA_OCTETS_K, octet = i%HYLRA_MLA_OCTETS_K;
-        const hylra_column of = shared.columns[column];
-        const bool present = of.head >= 0 && octet < a.n_embd_k/8;
-        const float * q = (const float *) ((const char *) a.q + of.token*a.q_nb[1] + max(of.head, 0)*a.q_nb[2] + at.stream*a.q_nb[3]);
-        const float4 x = hylra_mla_floats<ALIGNED>(q + hylra_octet_dim<TYPE>(octet, 0), present); // four values and four lie together in every type
-        const float4 y = hylra_mla_floats<ALIGNED>(q + hylra_octet_dim<TYPE>(octet, 4), present);
-        shared.q[column][hylra_mla_place(column, octet)] =
-            make_uint4(hylra_bits(__floats2half2_rn(x.x*scale, x.y*scale)), hylra_bits(__floats2half2_rn(x.z*scale, x.w*scale)),
-                       hylra_bits(__floats2half2_rn(y.x*scale, y.y*scale)), hylra_bits(__floats2half2_rn(y.z*scale, y.w*scale)));
-    }
-}
+    static constexpr int N = 9, ROUNDS = COLUMNS*HYLRA_MLA_OCTETS_K/shared_t::N_THREADS/N;
+    float4 x[N][2];
 
-template <int TYPE, int COLUMNS, int CELLS>
-static __device__ __forceinline__ void hylra_mla_stage_q(const hylra_attn & a, const hylra_mla_block & at, hylra_mla_shared<COLUMNS, CELLS> & shared) {
-    if ((uintptr_t(a.q) | a.q_nb[1] | a.q_nb[2] | a.q_nb[3])%16 == 0) {
-        hylra_mla_stage_octets<TYPE, true>(a, at, shared);
-    } else {
-        hylra_mla_stage_octets<TYPE, false>(a, at, shared);
+    static __device__ __forceinline__ int place(int round, int n) { return (round*N + n)*shared_t::N_THREADS + threadIdx.x; }
+
+    template <bool ALIGNED> __device__ __forceinline__ void load_octets(const hylra_attn & a, const hylra_mla_block & at, const shared_t & shared, int round) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const int column = place(round, n)/HYLRA_MLA_OCTETS_K, octet = place(round, n)%HYLRA_MLA_OCTETS_K;
+            const hylra_column of = shared.columns[column];
+            const bool present = of.head >= 0 && octet < a.n_embd_k/8;
+            const float * q = (const float *) ((const char *) a.q + of.token*a.q_nb[1] + max(of.head, 0)*a.q_nb[2] + at.stream*a.q_nb[3]);
+            x[n][0] = hylra_mla_floats<ALIGNED>(q + hylra_octet_dim<TYPE>(octet, 0), present); // four values and four lie together in every type
+            x[n][1] = hylra_mla_floats<ALIGNED>(q + hylra_octet_dim<TYPE>(octet, 4), present);
+        }
     }
-}
+
+    __device__ __forceinline__ void load(const hylra_attn & a, const hylra_mla_block & at, const shared_t & shared, int round) {
+        if ((uintptr_t(a.q) | a.q_nb[1] | a.q_nb[2] | a.q_nb[3])%16 == 0) {
+            load_octets<true>(a, at, shared, round);
+        } else {
+            load_octets<false>(a, at, shared, round);
+        }
+    }
+
+    __device__ __forceinline__ void stage(const hylra_attn & a, shared_t & shared, int round) const {
+        const float scale = a.softcap == 0.0f ? a.scale*HYLRA_LOG2E : a.scale;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const int column = place(round, n)/HYLRA_MLA_OCTETS_K, octet = place(round, n)%HYLRA_MLA_OCTETS_K;
+            shared.q[column][hylra_mla_place(column, octet)] =
+                make_uint4(hylra_bits(__floats2half2_rn(x[n][0].x*scale, x[n][0].y*scale)), hylra_bits(__floats2half2_rn(x[n][0].z*scale, x[n][0].w*scale)),
+                           hylra_bits(__floats2half2_rn(x[n][1].x*scale, x[n][1].y*scale)), hylra_bits(__floats2half2_rn(x[n][1].z*scale, x[n][1].w*scale)));
+        }
+    }
+};
 
 // A cell and the mask of the block's first token there; as they come, since to look at them is to wait for them
 struct hylra_mla_row { int cell; uint16_t mask; };

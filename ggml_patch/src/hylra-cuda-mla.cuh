@@ -100,8 +100,8 @@ static __device__ __forceinline__ void hylra_mla_share_peaks(hylra_mla_shared<CO
     shared.peaks[tile16][column0 + first/2*8 + 2*(lane%4) + first%2] = top[0]; // the same value from all lanes that are left with it
 }
 
-// Logits become weights, as halves in shared memory: words of two columns of a cell. All warps of the same columns compute the same references.
-template <int COLUMNS, int CELLS>
+// Logits become weights, as halves: words of two columns of a cell, SHARED in shared memory too. All warps of the same columns compute the same references.
+template <bool SHARED, int COLUMNS, int CELLS>
 static __device__ __forceinline__ void hylra_mla_weights(hylra_mla_shared<COLUMNS, CELLS> & shared, hylra_softmax (&state)[COLUMNS/16], const float (&s)[COLUMNS/16][4],
                                                          int tile16, int column0, uint32_t (&words)[COLUMNS/16][2]) {
     const int g = threadIdx.x%32/4, t = threadIdx.x%4;
@@ -127,7 +127,9 @@ static __device__ __forceinline__ void hylra_mla_weights(hylra_mla_shared<COLUMN
         }
         for (int i = 0; i < 2; ++i) {
             words[n][i] = hylra_bits(__floats2half2_rn(weights[2*i], weights[2*i + 1]));
-            ((uint32_t *) &shared.weight(tile16*16 + g + 8*i, column/8))[t] = words[n][i];
+            if constexpr (SHARED) {
+                ((uint32_t *) &shared.weight(tile16*16 + g + 8*i, column/8))[t] = words[n][i];
+            }
         }
         if (tile16 == 0 && g == 0) {
             *(float2 *) &shared.shrink[column] = make_float2(shrink[0], shrink[1]);
@@ -164,13 +166,13 @@ static __device__ __forceinline__ void hylra_mla_add_v(hylra_mla_shared<COLUMNS,
         uint32_t p[COLUMNS/16][4];
 #pragma unroll
         for (int m = 0; m < COLUMNS/16; ++m) {
-            hylra_ldmatrix_transposed(p[m], &shared.weight(first + lane/16*8 + lane%8, 2*m + lane/8%2));
+            hylra_ldmatrix<true>(p[m], &shared.weight(first + lane/16*8 + lane%8, 2*m + lane/8%2));
         }
         const int cell = first + lane%16;
 #pragma unroll
         for (int n = 0; n < OCTETS; n += 2) {
             uint32_t v[4];
-            hylra_ldmatrix_transposed(v, &tile[cell][hylra_mla_place(cell, octet0 + n + lane/16)]);
+            hylra_ldmatrix<true>(v, &tile[cell][hylra_mla_place(cell, octet0 + n + lane/16)]);
 #pragma unroll
             for (int m = 0; m < COLUMNS/16; ++m) {
                 hylra_mma(out[m][n],     p[m][0], p[m][1], p[m][2], p[m][3], v[0], v[1]);
@@ -202,31 +204,7 @@ static __device__ __forceinline__ void hylra_mla_store_weights(const hylra_cuda_
     }
 }
 
-template <int TYPE, int COLUMNS, int CELLS, int OCTETS>
-static __device__ __forceinline__ void hylra_mla_store_outputs(const hylra_cuda_job & job, const hylra_mla_block & at, const hylra_mla_shared<COLUMNS, CELLS> & shared,
-                                                               int octet0, const float (&out)[COLUMNS/16][OCTETS][4]) {
-    const int g = threadIdx.x%32/4, t = threadIdx.x%4;
-#pragma unroll
-    for (int m = 0; m < COLUMNS/16; ++m) {
-#pragma unroll
-        for (int half_tile = 0; half_tile < 2; ++half_tile) {
-            const hylra_column of = shared.columns[16*m + g + 8*half_tile];
-            if (of.head < 0) {
-                continue;
-            }
-            float * to = hylra_outputs(job, at.chunk, at.stream, of);
-#pragma unroll
-            for (int n = 0; n < OCTETS; ++n) {
-                const int d = hylra_octet_dim<TYPE>(octet0 + n, 2*t); // and the one after it
-                if (d < job.attn.n_embd_v) {
-                    *(float2 *) &to[d] = make_float2(out[m][n][2*half_tile], out[m][n][2*half_tile + 1]);
-                }
-            }
-        }
-    }
-}
-
-// References and sums of the columns, to which all warps of their cells add
+// References and sums of the columns, to which all warps of their cells add; leaves what outputs are divided by
 template <int COLUMNS, int CELLS>
 static __device__ __forceinline__ void hylra_mla_store_norms(const hylra_cuda_job & job, const hylra_mla_block & at, hylra_mla_shared<COLUMNS, CELLS> & shared,
                                                              hylra_softmax (&state)[COLUMNS/16], int tile16, int column0) {
@@ -241,12 +219,47 @@ static __device__ __forceinline__ void hylra_mla_store_norms(const hylra_cuda_jo
         }
     }
     __syncthreads();
-    if (threadIdx.x < COLUMNS && shared.columns[threadIdx.x].head >= 0) {
+    if (threadIdx.x < COLUMNS) {
         float sum = 0.0f;
         for (int i = 0; i < CELLS/16; ++i) {
             sum += shared.peaks[i][threadIdx.x];
         }
-        hylra_store_norm(job, at.chunk, at.stream, shared.columns[threadIdx.x], shared.shrink[threadIdx.x], sum);
+        if (shared.columns[threadIdx.x].head >= 0) {
+            hylra_store_norm(job, at.chunk, at.stream, shared.columns[threadIdx.x], shared.shrink[threadIdx.x], sum);
+        }
+        shared.shrink[threadIdx.x] = sum > 0.0f ? 1.0f/sum : 0.0f;
+    }
+}
+
+// Means over the chunk's cells, as halves in the order of hylra_mla_dim: half the bytes that reduce has to read
+template <int COLUMNS, int CELLS, int OCTETS>
+static __device__ __forceinline__ void hylra_mla_store_outputs(const hylra_cuda_job & job, const hylra_mla_block & at, const hylra_mla_shared<COLUMNS, CELLS> & shared,
+                                                               int octet0, const float (&out)[COLUMNS/16][OCTETS][4]) {
+    const int g = threadIdx.x%32/4, t = threadIdx.x%4, n_half = hylra_mla_halves(job.attn);
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < COLUMNS/16; ++m) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int column = 16*m + g + 8*i;
+            const hylra_column of = shared.columns[column];
+            if (of.head < 0) {
+                continue;
+            }
+            const float factor = shared.shrink[column];
+            half * to = (half *) (job.scratch + job.layout.outputs) + (hylra_cuda_row(job.attn, at.stream, of)*job.plan.n_chunk + at.chunk)*n_half;
+#pragma unroll
+            for (int n = 0; n < OCTETS; n += 4) {
+                uint32_t words[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    words[j] = hylra_bits(__floats2half2_rn(out[m][n + j][2*i]*factor, out[m][n + j][2*i + 1]*factor));
+                }
+                if ((octet0 + n)*8 < n_half) {
+                    *(uint4 *) &to[(octet0 + n)*8 + t*8] = make_uint4(words[0], words[1], words[2], words[3]);
+                }
+            }
+        }
     }
 }
 
@@ -268,6 +281,7 @@ static __global__ void __launch_bounds__(32*HYLRA_MLA_WARPS<CELLS>, 1) hylra_mla
     for (int i = threadIdx.x; i < COLUMNS; i += 32*HYLRA_MLA_WARPS<CELLS>) {
         shared.columns[i] = hylra_column_of<LISTED>(a, job.plan, at.column0 + i, at.head_kv, at.token);
     }
+    __syncthreads();
     hylra_softmax state[COLUMNS/16];
     float out[COLUMNS/16][OCTETS][4] = {};
 #pragma unroll
@@ -290,11 +304,17 @@ static __global__ void __launch_bounds__(32*HYLRA_MLA_WARPS<CELLS>, 1) hylra_mla
     hylra_await();
     hylra_release();
     const hylra_mla_row rows[2] = { look(at.begin), look(at.begin + CELLS) };
+    hylra_mla_queries<TYPE, COLUMNS, CELLS> queries;
+    queries.load(a, at, shared, 0);
     bool here = find(rows[0], 0), next = find(rows[1], 1);
     if (here) {
         load(0);
     }
-    hylra_mla_stage_q<TYPE>(a, at, shared);
+    queries.stage(a, shared, 0);
+    for (int round = 1; round < queries.ROUNDS; ++round) {
+        queries.load(a, at, shared, round);
+        queries.stage(a, shared, round);
+    }
     if (!LISTED) {
         hylra_clear_bins(job);
     }
@@ -316,7 +336,7 @@ static __global__ void __launch_bounds__(32*HYLRA_MLA_WARPS<CELLS>, 1) hylra_mla
             hylra_mla_finish_logits<COLUMNS, CELLS, LISTED>(a, shared, at, cell, column0, s);
             hylra_mla_share_peaks(shared, s, tile16, column0);
             __syncthreads();
-            hylra_mla_weights(shared, state, s, tile16, column0, words);
+            hylra_mla_weights<!SCORES>(shared, state, s, tile16, column0, words);
             if (!LISTED && job.select_lists && first + tile16*16 < at.end) {
                 const size_t group0 = (size_t(at.stream)*a.n_head_kv + at.head_kv)*job.plan.n_group + (at.column0 + column0)/8;
                 hylra_mla_store_weights<COLUMNS>(job, group0, first + tile16*16, cell, state, words);
@@ -337,10 +357,10 @@ static __global__ void __launch_bounds__(32*HYLRA_MLA_WARPS<CELLS>, 1) hylra_mla
             load(slot ^ 1);
         }
     }
-    if constexpr (!SCORES) {
-        hylra_mla_store_outputs<TYPE>(job, at, shared, octet0, out);
-    }
     hylra_mla_store_norms(job, at, shared, state, tile16, column0);
+    if constexpr (!SCORES) {
+        hylra_mla_store_outputs(job, at, shared, octet0, out);
+    }
 }
 
 // ---- launch

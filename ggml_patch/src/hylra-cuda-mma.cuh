@@ -32,21 +32,15 @@ static __device__ __forceinline__ uint32_t hylra_transpose(uint32_t x) {
 #endif
 }
 
-// Four 8x8 matrices of halves from shared memory: lane i gives row i%8 of matrix i/8, and gets (g, 2t) and (g, 2t+1) of each
-static __device__ __forceinline__ void hylra_ldmatrix(uint32_t (&x)[4], const uint4 * row) {
+// Four 8x8 matrices of halves from shared memory: lane i gives row i%8 of matrix i/8, and gets (g, 2t) and (g, 2t+1) of each, or of each transposed
+template <bool TRANSPOSED = false> static __device__ __forceinline__ void hylra_ldmatrix(uint32_t (&x)[4], const uint4 * row) {
 #if __CUDA_ARCH__ >= 750
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(uint32_t(__cvta_generic_to_shared(row))) : "memory");
-#else
-    __trap();
-#endif
-}
-
-// The same of the transposed matrices
-static __device__ __forceinline__ void hylra_ldmatrix_transposed(uint32_t (&x)[4], const uint4 * row) {
-#if __CUDA_ARCH__ >= 750
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(uint32_t(__cvta_generic_to_shared(row))) : "memory");
+    const uint32_t at = uint32_t(__cvta_generic_to_shared(row));
+    if constexpr (TRANSPOSED) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
+    }
 #else
     __trap();
 #endif
@@ -107,6 +101,11 @@ static __device__ __forceinline__ uint4 hylra_load_once(const uint4 * p, bool pr
     x = present ? *p : make_uint4(0, 0, 0, 0);
 #endif
     return x;
+}
+
+// Has that cache fetch a line
+static __device__ __forceinline__ void hylra_prefetch(const void * line) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(line));
 }
 
 // Writes what pooling reads soon: lines that the second-level cache keeps longest. Of QwQ-32B at 61440 cells 15 MB went to memory without such hints, and

@@ -3,20 +3,27 @@
 
 #include "hylra-cuda.cuh"
 
+#include "ggml.h"
+
+#include <cuda_fp16.h>
+#include <type_traits>
+
 constexpr float LOG2E = 1.4426950408889634f;
 
 // ---- a row: one head of one token
 
-// Reference and sum of what attend left of every 32nd chunk, from this lane's on
-constexpr int NORMS_PER_LANE = HYLRA_CUDA_MAX_CHUNKS/32;
-struct row_norms { float2 of[NORMS_PER_LANE]; };
+// Reference and sum of what attend left of every LANES-th chunk, from this lane's on. LANES threads know a row: a warp, or a half
+template <int LANES> struct row_norms {
+    static constexpr int N = HYLRA_CUDA_MAX_CHUNKS/LANES;
+    float2 of[N];
+};
 
-static __device__ __forceinline__ row_norms norms_of(const hylra_cuda_job & job, int row) {
+template <int LANES> static __device__ __forceinline__ row_norms<LANES> norms_of(const hylra_cuda_job & job, int row) {
     const float2 * norms = (const float2 *) (job.scratch + job.layout.norms) + size_t(row)*job.plan.n_chunk;
-    row_norms found;
+    row_norms<LANES> found;
 #pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        const int chunk = threadIdx.x%32 + 32*i;
+    for (int i = 0; i < found.N; ++i) {
+        const int chunk = threadIdx.x%LANES + LANES*i;
         found.of[i] = chunk < job.plan.n_chunk ? norms[chunk] : make_float2(-INFINITY, 0.0f);
     }
     return found;
@@ -24,23 +31,23 @@ static __device__ __forceinline__ row_norms norms_of(const hylra_cuda_job & job,
 
 static __device__ __forceinline__ float factor_of(const float2 & norm, float ref) { return norm.x == -INFINITY ? 0.0f : exp2f(norm.x - ref); }
 
-// The row's reference and inverted sum, known to the whole warp; the latter 0 for a row without visible cells, which gives zeros as in llama.cpp
-static __device__ __forceinline__ float2 total_of(const hylra_cuda_job & job, int row, const row_norms & norms) {
+// The row's reference and inverted sum, known to all its lanes; the latter 0 for a row without visible cells, which gives zeros as in llama.cpp
+template <int LANES> static __device__ __forceinline__ float2 total_of(const hylra_cuda_job & job, int row, const row_norms<LANES> & norms) {
     const hylra_attn & a = job.attn;
     const float sink = a.sinks ? ((const float *) a.sinks)[row%a.n_head]*LOG2E : -INFINITY;
     float ref = sink, sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
+    for (int i = 0; i < norms.N; ++i) {
         ref = fmaxf(ref, norms.of[i].x);
     }
-    for (int mask = 16; mask > 0; mask /= 2) {
+    for (int mask = LANES/2; mask > 0; mask /= 2) {
         ref = fmaxf(ref, __shfl_xor_sync(0xFFFFFFFFu, ref, mask));
     }
 #pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
+    for (int i = 0; i < norms.N; ++i) {
         sum += factor_of(norms.of[i], ref)*norms.of[i].y;
     }
-    for (int mask = 16; mask > 0; mask /= 2) {
+    for (int mask = LANES/2; mask > 0; mask /= 2) {
         sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
     }
     sum += a.sinks ? exp2f(sink - ref) : 0.0f;
@@ -51,77 +58,84 @@ static __device__ __forceinline__ float2 total_of(const hylra_cuda_job & job, in
 
 constexpr int REDUCE_THREADS = 512;
 constexpr int REDUCE_LANES   = 128; // threads that take the same chunks and sum neighbouring dimensions
-constexpr int REDUCE_BATCH   = 16;  // values that a thread waits for together
+constexpr int REDUCE_BATCH   = 16;  // registers of values that a thread waits for together
 
-// [MAX_CHUNKS] what the outputs of each chunk are multiplied by; by one warp
-static __device__ void chunk_factors(const hylra_cuda_job & job, int row, float * factors) {
-    const row_norms norms = norms_of(job, row);
+// [MAX_CHUNKS] what the outputs of each chunk are multiplied by; by one warp. MEANS: they are divided by the chunk's sum already
+template <bool MEANS> static __device__ void chunk_factors(const hylra_cuda_job & job, int row, float * factors) {
+    const row_norms<32> norms = norms_of<32>(job, row);
     const float2 total = total_of(job, row, norms);
 #pragma unroll
-    for (int i = 0; i < NORMS_PER_LANE; ++i) {
-        factors[threadIdx.x + 32*i] = factor_of(norms.of[i], total.x)*total.y;
+    for (int i = 0; i < norms.N; ++i) {
+        factors[threadIdx.x + 32*i] = factor_of(norms.of[i], total.x)*total.y*(MEANS ? norms.of[i].y : 1.0f);
     }
 }
 
-// DIMS dimensions of every STEP-th chunk from `first` on
-template <int STEP, int DIMS>
-static __device__ __forceinline__ void load_parts(const float * parts, int n_embd_v, int n_chunk, int first, int d, float (&x)[REDUCE_BATCH/DIMS][DIMS]) {
+// Values of every STEP-th chunk from `first` on, N at a time, of rows of `length`
+template <int STEP, typename T, int BATCH>
+static __device__ __forceinline__ void load_parts(const T * parts, int length, int n_chunk, int first, int at, T (&x)[BATCH]) {
 #pragma unroll
-    for (int i = 0; i < REDUCE_BATCH/DIMS; ++i) {
-        const float * from = parts + size_t(min(first + i*STEP, n_chunk - 1))*n_embd_v + min(d, n_embd_v - DIMS);
-        if constexpr (DIMS == 4) {
-            *(float4 *) x[i] = *(const float4 *) from;
-        } else {
-            x[i][0] = *from;
-        }
+    for (int i = 0; i < BATCH; ++i) {
+        x[i] = parts[size_t(min(first + i*STEP, n_chunk - 1))*length + min(at, length - 1)];
     }
 }
 
-// DIMS: of a thread, so many that all are summed at once. out: F32 [n_embd_v, rows]; shared: [N_THREADS/REDUCE_LANES][REDUCE_LANES*DIMS]
-template <int N_THREADS, int DIMS> static __device__ void reduce_dims(const hylra_cuda_job & job, int row, float * out, float * shared) {
-    constexpr int LANES = N_THREADS/REDUCE_LANES, BATCH = REDUCE_BATCH/DIMS;
+static __device__ __forceinline__ void add_part(float (&sum)[1], float factor, float x) { sum[0] += factor*x; }
+static __device__ __forceinline__ void add_part(float (&sum)[4], float factor, const float4 & x) { sum[0] += factor*x.x, sum[1] += factor*x.y, sum[2] += factor*x.z, sum[3] += factor*x.w; }
+static __device__ __forceinline__ void add_part(float (&sum)[4], float factor, const uint2 & x) {
+    const float2 a = __half22float2(*(const half2 *) &x.x), b = __half22float2(*(const half2 *) &x.y);
+    add_part(sum, factor, make_float4(a.x, a.y, b.x, b.y));
+}
+
+// What a thread reads at once of a chunk's outputs: of MLA four means, else a value or, of rows longer than 128, four
+template <typename PART> constexpr int REDUCE_DIMS = sizeof(PART) == sizeof(float) ? 1 : 4;
+
+// By a block. PART: a constant of the kernel, as code that other shapes need takes time to arrive too (2 us of a layer of QwQ-32B at 61440 cells).
+// out: F32 [n_embd_v, rows]; shared: [REDUCE_DIMS*N_THREADS]
+template <int N_THREADS, typename PART> static __device__ void reduce_row(const hylra_cuda_job & job, int row, float * out, float * shared) {
+    constexpr int DIMS = REDUCE_DIMS<PART>, LANES = N_THREADS/REDUCE_LANES, BATCH = REDUCE_BATCH*sizeof(float)/sizeof(PART);
+    constexpr bool MEANS = std::is_same<PART, uint2>::value;
     __shared__ float factors[HYLRA_CUDA_MAX_CHUNKS];
-    const int n_embd_v = job.attn.n_embd_v, n_chunk = job.plan.n_chunk;
-    const float * parts = (const float *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*n_embd_v;
-    const int d = threadIdx.x%REDUCE_LANES*DIMS, first = threadIdx.x/REDUCE_LANES;
-    __align__(16) float x[BATCH][DIMS];
-    load_parts<LANES>(parts, n_embd_v, n_chunk, first, d, x); // on their way while the factors are computed
+    const int n_embd_v = job.attn.n_embd_v, n_chunk = job.plan.n_chunk, length = (MEANS ? hylra_mla_halves(job.attn) : n_embd_v)/DIMS;
+    const PART * parts = (const PART *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*length;
+    const int lane = threadIdx.x%REDUCE_LANES, first = threadIdx.x/REDUCE_LANES;
+    PART x[BATCH];
+    load_parts<LANES>(parts, length, n_chunk, first, lane, x); // on their way while the factors are computed
     if (threadIdx.x < 32) {
-        chunk_factors(job, row, factors);
+        chunk_factors<MEANS>(job, row, factors);
     }
     __syncthreads();
     float sum[DIMS] = {};
     for (int chunk = first; chunk < n_chunk; chunk += LANES*BATCH) {
         if (chunk > first) {
-            load_parts<LANES>(parts, n_embd_v, n_chunk, chunk, d, x);
+            load_parts<LANES>(parts, length, n_chunk, chunk, lane, x);
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const float factor = chunk + i*LANES < n_chunk ? factors[chunk + i*LANES] : 0.0f;
-            for (int j = 0; j < DIMS; ++j) {
-                sum[j] += factor*x[i][j];
-            }
+            add_part(sum, chunk + i*LANES < n_chunk ? factors[chunk + i*LANES] : 0.0f, x[i]);
         }
     }
     for (int j = 0; j < DIMS; ++j) {
-        shared[first*REDUCE_LANES*DIMS + d + j] = sum[j];
+        const int at = lane*DIMS + j;
+        shared[first*REDUCE_LANES*DIMS + (MEANS ? hylra_mla_dim(at, job.attn.type_v == GGML_TYPE_Q4_0) : at)] = sum[j];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n_embd_v; i += N_THREADS) {
         float all = 0.0f;
-        for (int lane = 0; lane < LANES; ++lane) {
-            all += shared[lane*REDUCE_LANES*DIMS + i];
+        for (int j = 0; j < LANES; ++j) {
+            all += shared[j*REDUCE_LANES*DIMS + i];
         }
         out[size_t(row)*n_embd_v + i] = all;
     }
 }
 
-// shared: [4*N_THREADS]
-template <int N_THREADS> static __device__ void reduce_row(const hylra_cuda_job & job, int row, float * out, float * shared) {
-    if (job.attn.n_embd_v <= REDUCE_LANES) {
-        reduce_dims<N_THREADS, 1>(job, row, out, shared);
+// Calls with the type as an argument
+template <typename F> static void with_part(const hylra_cuda_job & job, F launch) {
+    if (job.plan.mla) {
+        launch(uint2());
+    } else if (job.attn.n_embd_v > REDUCE_LANES) {
+        launch(float4());
     } else {
-        reduce_dims<N_THREADS, 4>(job, row, out, shared);
+        launch(float());
     }
 }
 

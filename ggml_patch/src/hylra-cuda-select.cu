@@ -7,15 +7,15 @@
 
 #include <cuda_fp16.h>
 
-static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const __grid_constant__ hylra_cuda_job job, float * out) {
-    __shared__ __align__(16) float shared[4*REDUCE_THREADS];
+template <typename PART> static __global__ void __launch_bounds__(REDUCE_THREADS, 2) reduce_kernel(const __grid_constant__ hylra_cuda_job job, float * out) {
+    __shared__ __align__(16) float shared[REDUCE_DIMS<PART>*REDUCE_THREADS];
     hylra_await();
     hylra_release();
-    reduce_row<REDUCE_THREADS>(job, blockIdx.x, out, shared);
+    reduce_row<REDUCE_THREADS, PART>(job, blockIdx.x, out, shared);
 }
 
 void hylra_cuda_reduce(const hylra_cuda_job & job, float * out, cudaStream_t stream) {
-    hylra_enqueue<reduce_kernel>(dim3(rows_of(job.attn)), REDUCE_THREADS, 0, stream, job, out);
+    with_part(job, [&](auto part) { hylra_enqueue<reduce_kernel<decltype(part)>>(dim3(rows_of(job.attn)), REDUCE_THREADS, 0, stream, job, out); });
 }
 
 // ---- pool: one block per part of the cells, list and token; a thread has four neighbouring cells, which share a tile
@@ -40,73 +40,44 @@ template <int N_THREADS, int QUADS, int SIDES> struct pool_shape {
     static __device__ __forceinline__ int side() { return threadIdx.x/LANES; }
 };
 
-constexpr int TEAM = 8; // threads that sum the norms of one head
+// Threads that sum the norms of a head: half a warp in small blocks, whose warps would take them in turns
+template <int N_THREADS> constexpr int NORM_LANES = N_THREADS <= POOL_FEW_THREADS ? 16 : 32;
 
-// total_of by a team: this lane has every TEAM-th chunk
-static __device__ __forceinline__ float2 team_total(const hylra_cuda_job & job, int row) {
-    const hylra_attn & a = job.attn;
-    const float2 * norms = (const float2 *) (job.scratch + job.layout.norms) + size_t(row)*job.plan.n_chunk;
-    const float sink = a.sinks ? ((const float *) a.sinks)[row%a.n_head]*LOG2E : -INFINITY;
-    float ref = sink, sum = a.sinks && threadIdx.x%TEAM == 0 ? 1.0f : 0.0f;
-    for (int first = threadIdx.x%TEAM; first < job.plan.n_chunk; first += TEAM*TEAM) {
-        float2 x[TEAM];
-        float top = ref;
-#pragma unroll
-        for (int i = 0; i < TEAM; ++i) {
-            const int chunk = first + i*TEAM;
-            x[i] = chunk < job.plan.n_chunk ? norms[chunk] : make_float2(-INFINITY, 0.0f);
-        }
-#pragma unroll
-        for (int i = 0; i < TEAM; ++i) {
-            top = fmaxf(top, x[i].x);
-        }
-        sum *= ref == top ? 1.0f : exp2f(ref - top);
-        ref = top;
-#pragma unroll
-        for (int i = 0; i < TEAM; ++i) {
-            sum += factor_of(x[i], ref)*x[i].y;
-        }
-    }
-    float top = ref;
-    for (int mask = TEAM/2; mask > 0; mask /= 2) {
-        top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, mask));
-    }
-    sum *= factor_of({ ref, sum }, top);
-    for (int mask = TEAM/2; mask > 0; mask /= 2) {
-        sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
-    }
-    return make_float2(top, sum > 0.0f ? 1.0f/sum : 0.0f);
+// The KV heads of a list lie together, as do the query heads of a KV head.
+struct pool_list { int n_head_kv, heads, n_group; }; // query heads and groups of eight columns, of one KV head
+
+static __device__ __forceinline__ pool_list pool_list_of(const hylra_cuda_job & job, int token) {
+    const int heads = job.attn.n_head/job.attn.n_head_kv;
+    return { job.attn.n_head_kv/job.select_lists, heads, (token*heads + heads - 1)/8 - token*heads/8 + 1 };
 }
 
 // References and factors of the mean of the list's heads, from the first on
-template <int N_THREADS> static __device__ __forceinline__ void pool_totals(const hylra_cuda_job & job, const pool_row & row, float2 * totals) {
+template <int N_THREADS> static __device__ __forceinline__ void pool_totals(const hylra_cuda_job & job, const pool_row & row, const pool_list & list, float2 * totals) {
+    constexpr int LANES = NORM_LANES<N_THREADS>;
     const hylra_attn & a = job.attn;
-    const int n_head = a.n_head/job.select_lists, row0 = (row.stream*a.n_tokens + row.token)*a.n_head + row.list*n_head;
-    for (int first = 0; first < n_head; first += N_THREADS/TEAM) {
-        const int head = first + threadIdx.x/TEAM;
-        const float2 total = team_total(job, row0 + min(head, n_head - 1)); // of whole warps
-        if (head < n_head && threadIdx.x%TEAM == 0) {
-            totals[head] = make_float2(total.x, total.y*float(job.select_lists)/float(a.n_head));
+    const int n_head = list.heads*list.n_head_kv, row0 = (row.stream*a.n_tokens + row.token)*a.n_head + row.list*n_head;
+    for (int first = threadIdx.x/32*(32/LANES); first < n_head; first += N_THREADS/LANES) { // of whole warps
+        const int head = first + threadIdx.x%32/LANES, at_row = row0 + min(head, n_head - 1);
+        const float2 total = total_of(job, at_row, norms_of<LANES>(job, at_row));
+        if (head < n_head && threadIdx.x%LANES == 0) {
+            totals[head] = make_float2(total.x, total.y/float(n_head));
         }
     }
 }
 
-// A group of eight columns of the list: its place among all groups, and which heads of the list are its columns: those of one KV head, from first_head on, which
-// is below 0 where the group begins with another token's
-struct pool_group { size_t at; int in_list, first_head; };
+// A group of eight columns of the list: which KV head of it, and which group of the token. No division says so: in each block they took longer than loads.
+struct pool_group {
+    int in_list, group;
 
-static __device__ __host__ int groups_of(const hylra_cuda_job & job, int token) { // of one KV head
-    const int heads = job.attn.n_head/job.attn.n_head_kv;
-    return (token*heads + heads - 1)/8 - token*heads/8 + 1;
-}
+    __device__ __forceinline__ void advance(const pool_list & list, int n) {
+        for (group += n; group >= list.n_group; group -= list.n_group) {
+            ++in_list;
+        }
+    }
+};
 
-static __device__ __forceinline__ pool_group pool_group_of(const hylra_cuda_job & job, const pool_row & row, int n_group, int i) {
-    const hylra_attn & a = job.attn;
-    const int column0 = row.token*(a.n_head/a.n_head_kv), in_list = i/n_group, group = column0/8 + i%n_group;
-    return { (size_t(row.stream)*a.n_head_kv + row.list*(a.n_head_kv/job.select_lists) + in_list)*job.plan.n_group + group, in_list, group*8 - column0 };
-}
-
-// What the weights of the side's tiles and eight columns are multiplied by. peak: of every (LANES/8)-th tile
+// What the weights of the side's tiles and eight columns are multiplied by. peak: of every (LANES/8)-th tile; first_head: of column 0, below 0 where the group
+// begins with another token's; heads: of the KV head
 template <typename SHAPE, int N>
 static __device__ __forceinline__ void pool_factors(const float (&peak)[N], int first_head, int heads, const float2 * totals, float (*factors)[8] /* [TILES] */) {
     const int column = SHAPE::lane()%8, head = first_head + column;
@@ -143,44 +114,55 @@ template <typename SHAPE> static __device__ __forceinline__ void add_sides(float
     }
 }
 
+// A thread's part of one group: the weights of its quads, and references of tiles for pool_factors
+template <typename SHAPE, int N_WORD, int QUADS> struct pool_loads {
+    uint4 raw[QUADS][N_WORD];
+    float peak[2*QUADS];
+
+    __device__ __forceinline__ pool_loads(const hylra_cuda_job & job, size_t group, int first_quad, int first_tile) {
+        const int n_kv = job.attn.n_kv, n_tile = hylra_ceil_div(n_kv, HYLRA_CUDA_TILE);
+        const uint4 * weights = (const uint4 *) ((const uint32_t *) (job.scratch + job.layout.weights) + group*n_kv*N_WORD);
+        const float * peaks = (const float *) (job.scratch + job.layout.peaks) + group*n_tile*8 + SHAPE::lane()%8;
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q) {
+            const int known = min(first_quad + q*SHAPE::LANES, n_kv/4 - 1);
+#pragma unroll
+            for (int word = 0; word < N_WORD; ++word) {
+                raw[q][word] = weights[size_t(known)*N_WORD + word];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2*QUADS; ++i) {
+            peak[i] = peaks[min(first_tile + i*(SHAPE::LANES/8), n_tile - 1)*8];
+        }
+    }
+};
+
 // Means over the heads of the row's list, of the cells of QUADS quads; of a hidden cell: anything. Of the block's sides the first has all.
 template <int N_THREADS, int N_WORD, int QUADS, int SIDES>
 static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, const pool_row & row, int first_quad, float (&sums)[QUADS][4], float * shared) {
     using shape = pool_shape<N_THREADS, QUADS, SIDES>;
     __shared__ float2 totals[HYLRA_CUDA_LIST_HEADS];
     __shared__ __align__(16) float factors[SIDES][shape::TILES][8];
-    const hylra_attn & a = job.attn;
-    const int heads = a.n_head/a.n_head_kv, n_group = groups_of(job, row.token), n_all = n_group*(a.n_head_kv/job.select_lists);
-    const int n_tile = hylra_ceil_div(a.n_kv, HYLRA_CUDA_TILE), first_tile = int(blockIdx.x)*shape::TILES + shape::lane()/8;
-    for (int first = 0; first < n_all; first += SIDES) {
-        const int i = first + shape::side();
-        const pool_group group = pool_group_of(job, row, n_group, min(i, n_all - 1));
-        const uint4 * weights = (const uint4 *) ((const uint32_t *) (job.scratch + job.layout.weights) + group.at*a.n_kv*N_WORD);
-        const float * peaks = (const float *) (job.scratch + job.layout.peaks) + group.at*n_tile*8 + shape::lane()%8;
-        uint4 raw[QUADS][N_WORD];
-        float peak[2*QUADS];
-#pragma unroll
-        for (int q = 0; q < QUADS; ++q) {
-            const int known = min(first_quad + q*shape::LANES, a.n_kv/4 - 1);
-#pragma unroll
-            for (int word = 0; word < N_WORD; ++word) {
-                raw[q][word] = weights[size_t(known)*N_WORD + word]; // under way while factors are computed
-            }
-        }
-#pragma unroll
-        for (int q = 0; q < 2*QUADS; ++q) {
-            peak[q] = peaks[min(first_tile + q*(shape::LANES/8), n_tile - 1)*8];
-        }
+    const pool_list list = pool_list_of(job, row.token);
+    const int column0 = row.token*list.heads, first_tile = int(blockIdx.x)*shape::TILES + shape::lane()/8;
+    const int group0 = (row.stream*job.attn.n_head_kv + row.list*list.n_head_kv)*job.plan.n_group + column0/8;
+    pool_group mine = { 0, 0 };
+    mine.advance(list, shape::side());
+    for (int first = 0; first < list.n_head_kv*list.n_group; first += SIDES) {
+        const bool present = mine.in_list < list.n_head_kv;
+        const pool_loads<shape, N_WORD, QUADS> loads(job, group0 + (present ? mine.in_list*job.plan.n_group + mine.group : 0), first_quad, first_tile);
         if (first == 0) {
-            pool_totals<N_THREADS>(job, row, totals);
+            pool_totals<N_THREADS>(job, row, list, totals);
         }
         __syncthreads();
-        pool_factors<shape>(peak, group.first_head, i < n_all ? heads : 0, totals + group.in_list*heads, factors[shape::side()]);
+        pool_factors<shape>(loads.peak, (column0/8 + mine.group)*8 - column0, present ? list.heads : 0, totals + mine.in_list*list.heads, factors[shape::side()]);
         __syncthreads();
 #pragma unroll
         for (int q = 0; q < QUADS; ++q) {
-            add_means<N_WORD>(raw[q], factors[shape::side()][(q*shape::LANES + shape::lane())/4], sums[q]);
+            add_means<N_WORD>(loads.raw[q], factors[shape::side()][(q*shape::LANES + shape::lane())/4], sums[q]);
         }
+        mine.advance(list, SIDES);
     }
     if constexpr (SIDES > 1) {
         static_assert(QUADS == 1, "sides are for few blocks");
@@ -209,12 +191,12 @@ static __device__ __forceinline__ void count_digits(const float4 & quad, int32_t
 }
 
 // A block that reduces: (x, y) counts on from the blocks that pool
-template <int N_THREADS> static __device__ __forceinline__ void reduce_beside(const hylra_cuda_job & job, int n_pooled, float * out, float * shared) {
+template <int N_THREADS, typename PART> static __device__ __forceinline__ void reduce_beside(const hylra_cuda_job & job, int n_pooled, float * out, float * shared) {
     const int row = (int(blockIdx.y) - n_pooled)*int(gridDim.x) + int(blockIdx.x);
     hylra_await();
     hylra_release();
     if (row < rows_of(job.attn)) {
-        reduce_row<N_THREADS>(job, row, out, shared);
+        reduce_row<N_THREADS, PART>(job, row, out, shared);
     }
 }
 
@@ -222,13 +204,13 @@ template <int N_THREADS> static __device__ __forceinline__ void reduce_beside(co
 constexpr int pool_blocks(int n_threads) { return n_threads > POOL_THREADS ? 1 : n_threads == POOL_THREADS ? 2 : 4; }
 
 // grid: (parts of pool_shape::CELLS cells, rows of scores, then as many as it takes for one block per row of out)
-template <int N_THREADS, int N_WORD, int QUADS, int SIDES>
+template <int N_THREADS, int N_WORD, int QUADS, int SIDES, typename PART>
 static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool_kernel(const __grid_constant__ hylra_cuda_job job, float * out, const int32_t * forced, int n_forced,
                                                                                 float * scores) {
-    __shared__ __align__(16) float shared[4*N_THREADS];
+    __shared__ __align__(16) float shared[(SIDES > 1 ? 4 : REDUCE_DIMS<PART>)*N_THREADS]; // add_sides takes four of each thread
     const int n_pooled = job.select_lists*job.attn.n_tokens*job.attn.n_stream;
     if (int(blockIdx.y) >= n_pooled) {
-        return reduce_beside<N_THREADS>(job, n_pooled, out, shared);
+        return reduce_beside<N_THREADS, PART>(job, n_pooled, out, shared);
     }
     using shape = pool_shape<N_THREADS, QUADS, SIDES>;
     constexpr int CELLS = shape::CELLS;
@@ -286,14 +268,18 @@ static void enqueue_pool(const hylra_cuda_job & job, float * out, const int32_t 
     const hylra_attn & a = job.attn;
     const int n_part = hylra_ceil_div(a.n_kv, pool_shape<N_THREADS, QUADS, SIDES>::CELLS), n_reduced = job.plan.scores_only ? 0 : hylra_ceil_div(rows_of(a), n_part);
     const dim3 grid(n_part, job.select_lists*a.n_tokens*a.n_stream + n_reduced);
-    hylra_enqueue<pool_kernel<N_THREADS, N_WORD, QUADS, SIDES>>(grid, N_THREADS, 0, stream, job, out, forced, n_forced, scores);
+    with_part(job, [&](auto part) {
+        if constexpr (N_WORD == 4 || !std::is_same<decltype(part), uint2>::value) { // MLA's columns fill words
+            hylra_enqueue<pool_kernel<N_THREADS, N_WORD, QUADS, SIDES, decltype(part)>>(grid, N_THREADS, 0, stream, job, out, forced, n_forced, scores);
+        }
+    });
 }
 
 template <int N_WORD>
 static void enqueue_pool(const hylra_cuda_job & job, float * out, const int32_t * forced, int n_forced, float * scores, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
     const int n_block = hylra_ceil_div(a.n_kv, 4*POOL_THREADS)*job.select_lists*a.n_tokens*a.n_stream;
-    const int n_group = groups_of(job, 0)*(a.n_head_kv/job.select_lists); // MLA: 16, which few blocks take side by side
+    const int n_group = hylra_ceil_div(a.n_head/a.n_head_kv, 8)*(a.n_head_kv/job.select_lists); // MLA: 16, which few blocks take side by side
     if (n_block >= POOL_MANY_BLOCKS) {
         enqueue_pool<POOL_THREADS, 2, 1, N_WORD>(job, out, forced, n_forced, scores, stream);
     } else if (n_block >= POOL_MIN_BLOCKS) {

@@ -42,6 +42,16 @@ bool hylra_cuda_cluster_fits(int n_kv, int block_size);
 void hylra_cuda_choose_in_cluster(const float * scores, const int32_t * bins, int n_kv, int n_row, int top_k, int32_t * cells, hylra_meter * meters,
                                   cudaStream_t stream);
 
+// ---- what MLA's attend leaves to reduce: halves of a row of outputs, 32 dimensions after 32
+
+HYLRA_HD inline int hylra_mla_halves(const hylra_attn & a) { return hylra_ceil_div(a.n_embd_v, 32)*32; }
+
+// Which dimension lies at a place: lane t of four has two values of each of four octets
+HYLRA_HD inline int hylra_mla_dim(int place, bool q4_0) {
+    const int octet = place%8/2, j = place%32/8*2 + place%2;
+    return place/32*32 + (q4_0 ? octet*4 + (j < 4 ? j : j + 12) : octet*8 + j); // as hylra_octet_dim
+}
+
 // ---- launches that overlap: from Hopper on a kernel may start while the one before it ends
 
 #if defined(__CUDACC__)

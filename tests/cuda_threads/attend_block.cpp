@@ -23,7 +23,9 @@ template <int COLUMNS, int CELLS> static void run_mla(const work & w, int stages
     hylra_with_mode(w.job, [&](auto mode) { hylra_mla_kernel<GGML_TYPE_F16, COLUMNS, CELLS, decltype(mode)::value>(w.job, stages); });
 }
 
-template <int N_WORD> static void run_pool(const work & w) { pool_kernel<POOL_FEW_THREADS, N_WORD, 1, 1>(w.job, w.out, w.forced, w.n_forced, w.scores); }
+template <int N_WORD> static void run_pool(const work & w) {
+    with_part(w.job, [&](auto part) { pool_kernel<POOL_FEW_THREADS, N_WORD, 1, 1, decltype(part)>(w.job, w.out, w.forced, w.n_forced, w.scores); });
+}
 
 extern "C" {
 
@@ -42,7 +44,7 @@ void run(const work & w, int x, int y, int z, int thread) {
     threadIdx = dim3(thread), blockIdx = dim3(x, y, z);
     gridDim = dim3(w.grid[0], w.grid[1], w.grid[2]), blockDim = dim3(N_THREADS[w.kind]);
     if (w.kind == REDUCE) {
-        reduce_kernel(w.job, w.out);
+        with_part(w.job, [&](auto part) { reduce_kernel<decltype(part)>(w.job, w.out); });
     } else if (w.kind == POOL) {
         w.job.plan.n_word == 1 ? run_pool<1>(w) : w.job.plan.n_word == 2 ? run_pool<2>(w) : w.job.plan.n_word == 3 ? run_pool<3>(w) : run_pool<4>(w);
     } else if (w.kind == MLA_32) {

@@ -34,20 +34,18 @@ inline uint32_t hylra_transpose(uint32_t x) {
 }
 
 // Word i of the four matrices whose rows the lanes name
-inline void ldmatrix(uint32_t (&x)[4], const uint4 * row, bool transposed) {
+template <bool TRANSPOSED = false> void hylra_ldmatrix(uint32_t (&x)[4], const uint4 * row) {
     const int g = threadIdx.x%32/4, t = threadIdx.x%4;
     const void ** rows = of_block.rows[threadIdx.x/32];
     rows[threadIdx.x%32] = row;
     __syncwarp();
     for (int i = 0; i < 4; ++i) {
         const auto at = [&](int r, int c) { return ((const half *) rows[8*i + r])[c]; };
-        const half2 both = transposed ? half2{ at(2*t, g), at(2*t + 1, g) } : half2{ at(g, 2*t), at(g, 2*t + 1) };
+        const half2 both = TRANSPOSED ? half2{ at(2*t, g), at(2*t + 1, g) } : half2{ at(g, 2*t), at(g, 2*t + 1) };
         x[i] = hylra_bits(both);
     }
     __syncwarp();
 }
-inline void hylra_ldmatrix(uint32_t (&x)[4], const uint4 * row) { ldmatrix(x, row, false); }
-inline void hylra_ldmatrix_transposed(uint32_t (&x)[4], const uint4 * row) { ldmatrix(x, row, true); }
 
 inline float hylra_exp2(float x) { return exp2f(x); }
 
@@ -60,4 +58,5 @@ inline void hylra_copy_commit() {}
 template <int N> void hylra_copy_wait() {}
 
 inline uint4 hylra_load_once(const uint4 * p, bool present) { return present ? *p : make_uint4(0, 0, 0, 0); }
+inline void hylra_prefetch(const void *) {}
 template <typename T> void hylra_store_kept(T * to, T x) { *to = x; }
