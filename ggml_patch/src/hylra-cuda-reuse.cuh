@@ -9,7 +9,7 @@
 constexpr int HYLRA_REUSE_WARPS = 4; // of a block; eight are slower in clusters of 16, and in those of 8 with several sequences (docs/cuda/variants-reuse.txt)
 
 // Blocks per processor that registers are kept few enough for: with one alone, eight clusters of 16 need eight parts of the card of 16 free processors each
-constexpr int hylra_reuse_blocks(int n_embd, int wide) { return n_embd*wide <= 128 ? 2 : 1; }
+constexpr int hylra_reuse_blocks(int n_embd, int wide) { return n_embd*wide <= 128 ? 3 : 1; }
 
 // Partial outputs arrive here, in slices of 32 dimensions; slice i of the group's columns belongs to block i%CLUSTER.
 template <int EMBD, int WIDE, int CLUSTER> struct hylra_inbox {
@@ -169,6 +169,21 @@ static __device__ __forceinline__ void hylra_reuse_tile(const hylra_attn & a, co
     }
 }
 
+// Has the second-level cache fetch the rows of a later tile, which no registers are left for: a lane one line of K or V of each of its two cells at a time.
+// 7.8 -> 7.3 us for a layer of QwQ-32B at 61440 cells, eight clusters of 16; four sequences, whose tiles are many, lose by it.
+template <int WIDE>
+static __device__ __forceinline__ void hylra_prefetch_tile(const hylra_attn & a, const uint8_t * k, const uint8_t * v, const hylra_tile<WIDE> & tile) {
+    constexpr int LINE_BYTES = 128;
+    const bool of_k = threadIdx.x%4 < 2;
+    const uint64_t nb = of_k ? a.k_nb[1] : a.v_nb[1], row_bytes = of_k ? a.n_embd_k*a.k_nb[0] : a.n_embd_v*a.v_nb[0];
+    for (int i = 0; i < 2; ++i) {
+        const uint8_t * row = (of_k ? k : v) + tile.cell[i]*nb;
+        for (uint64_t at = threadIdx.x%2*LINE_BYTES; tile.cell[i] >= 0 && at < row_bytes; at += 2*LINE_BYTES) {
+            hylra_prefetch(row + at);
+        }
+    }
+}
+
 // The warp's tiles of the block's cells: the rows of the first are asked for as soon as the list is there, before the queries are.
 // A warp without cells goes through it once too: nothing that it adds counts. What the arguments alone say is computed before the kernels before
 // this one are awaited, while they still run: 8.6 -> 7.9 us for a layer of QwQ-32B at 61440 cells.
@@ -186,7 +201,8 @@ static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & 
     hylra_queries<TYPE, EMBD, WIDE, 32*WARPS> queries(a, job.plan, at.column0, at.head_kv, at.token, at.stream);
     hylra_await();
     hylra_release();
-    hylra_tile<WIDE> tile = hylra_tile_at<WIDE, true>(a, state.columns, list, at.stream, first, end);
+    const auto look = [&](int from) { return hylra_tile_at<WIDE, true>(a, state.columns, list, at.stream, from, end); };
+    hylra_tile<WIDE> tile = look(first), next = look(first + HYLRA_CUDA_TILE*WARPS);
     queries.load(a);
     for (bool staged = false;; staged = true) {
         const int v_cell[4] = { __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t + 4),
@@ -196,17 +212,21 @@ static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & 
         if constexpr (V_EARLY) {
             hylra_load_v<TYPE>(a, v, v_cell, 0, v_rows);
         }
+        if constexpr (CLUSTER > 8) {
+            hylra_prefetch_tile(a, k, v, next);
+        }
         if (!staged) {
             queries.stage(a, q);
             __syncthreads();
         }
         first += HYLRA_CUDA_TILE*WARPS;
-        const hylra_tile<WIDE> next = hylra_tile_at<WIDE, true>(a, state.columns, list, at.stream, first, end);
+        const hylra_tile<WIDE> later = look(first + HYLRA_CUDA_TILE*WARPS);
         hylra_reuse_tile<TYPE, EMBD, WIDE, V_EARLY, V_BATCH>(a, v, tile, v_cell, k_rows, v_rows, q, state);
         if (first >= end) {
             return;
         }
         tile = next;
+        next = later;
     }
 }
 
