@@ -65,7 +65,7 @@ HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_l
 
 // Where the parts of the scratch begin, in bytes. A row is one head of one token.
 struct hylra_cuda_layout {
-    size_t outputs;  // F32 [n_embd_v, n_chunk, rows] unnormalised; none if only scores are wanted
+    size_t outputs;  // F32 [n_embd_v, n_chunk, rows] unnormalised, of MLA means in half of that (hylra_mla_halves); none if only scores are wanted
     size_t norms;    // F32 [2, n_chunk, rows] reference of the exponents (base 2) and their sum
     // of a select layer
     size_t peaks;    // F32 [8, tiles, groups] reference of the weights of a tile
