@@ -89,7 +89,7 @@ static __device__ __forceinline__ void add_part(float (&sum)[4], float factor, c
 // What a thread reads at once of a chunk's outputs: of MLA four means, else a value or, of rows longer than 128, four
 template <typename PART> constexpr int REDUCE_DIMS = sizeof(PART) == sizeof(float) ? 1 : 4;
 
-// By a block. PART: a constant of the kernel, as code that other shapes need takes time to arrive too (2 us of a layer of QwQ-32B at 61440 cells).
+// By a block. PART: a constant of the kernel, as code that other shapes need takes time to arrive too (about 1 us of a layer of QwQ-32B at 61440 cells).
 // out: F32 [n_embd_v, rows]; shared: [REDUCE_DIMS*N_THREADS]
 template <int N_THREADS, typename PART> static __device__ void reduce_row(const hylra_cuda_job & job, int row, float * out, float * shared) {
     constexpr int DIMS = REDUCE_DIMS<PART>, LANES = N_THREADS/REDUCE_LANES, BATCH = REDUCE_BATCH*sizeof(float)/sizeof(PART);

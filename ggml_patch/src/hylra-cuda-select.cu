@@ -65,7 +65,7 @@ template <int N_THREADS> static __device__ __forceinline__ void pool_totals(cons
     }
 }
 
-// A group of eight columns of the list: which KV head of it, and which group of the token. No division says so: in each block they took longer than loads.
+// A group of eight columns of the list: which KV head of it, and which group of the token. Found without the divisions that each block would begin with.
 struct pool_group {
     int in_list, group;
 
