@@ -23,6 +23,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -38,17 +39,22 @@ struct options {
 
 // ---- the problem: a cache laid out as llama.cpp's, one row per cell with all KV heads behind each other
 
+// at whole lines, as ggml allocates: new[] starts 16 bytes behind one, and an F16 row lies in five lines instead of four
+constexpr std::align_val_t LINE{64};
+struct free_lines { void operator()(uint8_t * p) const { operator delete[](p, LINE); } };
+typedef std::unique_ptr<uint8_t[], free_lines> lines;
+
 struct cache {
-    std::unique_ptr<uint8_t[]> k, v;
+    lines k, v;
     size_t head_bytes, row_bytes;
 };
 
-std::unique_ptr<uint8_t[]> random_rows(const options & o, size_t head_bytes, unsigned seed) {
+lines random_rows(const options & o, size_t head_bytes, unsigned seed) {
     constexpr int N_SAMPLE = 2048;
     const size_t n_row = size_t(o.n_kv)*o.kv_heads, size_bytes = n_row*head_bytes;
     std::vector<float> values(size_t(o.head_size)*N_SAMPLE);
     std::vector<uint8_t> samples(head_bytes*N_SAMPLE);
-    std::unique_ptr<uint8_t[]> rows(new uint8_t[size_bytes]);
+    lines rows(new (LINE) uint8_t[size_bytes]);
     hylra_advise_huge_pages(rows.get(), size_bytes);
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;

