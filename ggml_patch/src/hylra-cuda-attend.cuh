@@ -4,6 +4,8 @@
 #pragma once
 
 #include "hylra-cuda-mla.cuh"
+#include "hylra-cuda-stage.cuh"
+
 // ---- the cells of a tile: rows g and g+8 of the fragments
 
 template <int WIDE> struct hylra_tile {
@@ -48,10 +50,6 @@ template <int WIDE, bool LISTED> static __device__ __forceinline__ bool hylra_ti
 
 // ---- the kernel
 
-template <int TYPE> static __device__ __forceinline__ uint4 hylra_octet_of(const uint8_t * base, uint64_t nb, int cell, int octet, int n_octet) {
-    return hylra_octet<TYPE, true>(base + cell*nb, octet, cell >= 0 && octet < n_octet);
-}
-
 // Writes the query fragments of the block's columns: shared[wide][n_embd_k/32][lane]
 template <int TYPE, int EMBD, int WIDE>
 static __device__ __forceinline__ void hylra_stage_q(const hylra_attn & a, const hylra_cuda_plan & p, bool listed, int first_column, int head_kv, int token0, int stream,
@@ -73,13 +71,13 @@ static __device__ __forceinline__ void hylra_stage_q(const hylra_attn & a, const
 }
 
 // The K octets of the two cells whose rows a lane holds
-template <int TYPE, int WIDE, int N>
-static __device__ __forceinline__ void hylra_load_k(const hylra_attn & a, const uint8_t * k, const hylra_tile<WIDE> & tile, uint4 (&rows)[N][2]) {
-    const int t = threadIdx.x%4, n_octet = a.n_embd_k/8;
+template <int TYPE, int EMBD, int WIDE>
+static __device__ __forceinline__ void hylra_load_k(const hylra_side<TYPE, EMBD> & k, int slot, const hylra_tile<WIDE> & tile, uint4 (&rows)[EMBD/32][2]) {
+    const int g = threadIdx.x%32/4, t = threadIdx.x%4;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        rows[i][0] = hylra_octet_of<TYPE>(k, a.k_nb[1], tile.cell[0], i*4 + t, n_octet);
-        rows[i][1] = hylra_octet_of<TYPE>(k, a.k_nb[1], tile.cell[1], i*4 + t, n_octet);
+    for (int i = 0; i < EMBD/32; ++i) {
+        rows[i][0] = k.octet(slot, g,     tile.cell[0], i*4 + t);
+        rows[i][1] = k.octet(slot, g + 8, tile.cell[1], i*4 + t);
     }
 }
 
@@ -112,13 +110,13 @@ static __device__ __forceinline__ void hylra_finish_logits(const hylra_attn & a,
 
 // s[wide]: logits of the tile
 template <int TYPE, int EMBD, int WIDE>
-static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, const uint8_t * k, const hylra_column (&columns)[WIDE][2], const hylra_tile<WIDE> & tile,
-                                                         const uint4 * q_frags, float (&s)[WIDE][4]) {
+static __device__ __forceinline__ void hylra_tile_logits(const hylra_attn & a, const hylra_side<TYPE, EMBD> & k, int slot, const hylra_column (&columns)[WIDE][2],
+                                                         const hylra_tile<WIDE> & tile, const uint4 * q_frags, float (&s)[WIDE][4]) {
     for (int w = 0; w < WIDE; ++w) {
         s[w][0] = s[w][1] = s[w][2] = s[w][3] = 0.0f;
     }
     uint4 rows[EMBD/32][2];
-    hylra_load_k<TYPE>(a, k, tile, rows);
+    hylra_load_k(k, slot, tile, rows);
     hylra_add_k<EMBD, WIDE>(rows, q_frags, s);
     hylra_finish_logits(a, columns, tile, s);
 }
@@ -157,14 +155,14 @@ template <int N> static __device__ __forceinline__ void hylra_shrink(const float
 }
 
 // A batch of V octets of the four cells whose rows a lane holds
-template <int TYPE, int BATCH>
-static __device__ __forceinline__ void hylra_load_v(const hylra_attn & a, const uint8_t * v, const int (&cell)[4], int first, uint4 (&rows)[BATCH][4]) {
-    const int g = threadIdx.x%32/4, n_octet = a.n_embd_v/8;
+template <int TYPE, int EMBD, int BATCH>
+static __device__ __forceinline__ void hylra_load_v(const hylra_side<TYPE, EMBD> & v, int slot, const int (&cell)[4], int first, uint4 (&rows)[BATCH][4]) {
+    const int g = threadIdx.x%32/4, t = threadIdx.x%4;
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            rows[b][i] = hylra_octet_of<TYPE>(v, a.v_nb[1], cell[i], (first + b)*8 + g, n_octet);
+            rows[b][i] = v.octet(slot, 2*t + i%2 + i/2*8, cell[i], (first + b)*8 + g);
         }
     }
 }
@@ -197,9 +195,12 @@ template <int TYPE, int EMBD, int WIDE, hylra_attend_mode MODE>
 static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wanted(EMBD, WIDE, MODE)) hylra_attend_kernel(const __grid_constant__ hylra_cuda_job job) {
     constexpr bool LISTED = MODE == HYLRA_ATTEND_LISTED, SCORES = MODE == HYLRA_ATTEND_SCORES;
     constexpr int  V_BATCH = EMBD <= 128 ? EMBD/64 : 2;
-    constexpr bool V_EARLY = EMBD*WIDE <= 128; // V under way while K is computed: where registers allow
+    constexpr bool STAGED = hylra_stage_shape<TYPE, EMBD>::USED;
+    constexpr bool V_EARLY = EMBD*WIDE <= 128 && !STAGED; // V under way while K is computed: where registers allow
+    constexpr int  STAGES = hylra_stage_shape<TYPE, EMBD>::STAGES, SIDES = SCORES ? 1 : 2, SIDE_BYTES = STAGES*hylra_stage_shape<TYPE, EMBD>::TILE_BYTES;
+    constexpr int  STAGE_BYTES = HYLRA_CUDA_WARPS*SIDES*SIDE_BYTES, MERGE_BYTES = SCORES ? 16 : 4*HYLRA_CUDA_WARPS*HYLRA_SHARED_FLOATS<EMBD>;
     __shared__ uint4  q[WIDE*EMBD];
-    __shared__ __align__(8) float merge[SCORES ? 1 : HYLRA_CUDA_WARPS*HYLRA_SHARED_FLOATS<EMBD>];
+    __shared__ __align__(16) uint8_t room[STAGE_BYTES > MERGE_BYTES ? STAGE_BYTES : MERGE_BYTES]; // rows of tiles, at the end outputs of warps
     __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
 
     const hylra_attn & a = job.attn;
@@ -222,8 +223,15 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
         }
     }
 
-    const uint8_t * k = (const uint8_t *) a.k + head_kv*a.k_nb[2] + stream*a.k_nb[3];
-    const uint8_t * v = (const uint8_t *) a.v + head_kv*a.v_nb[2] + stream*a.v_nb[3];
+    const hylra_side<TYPE, EMBD> k(a.k, a.k_nb, a.n_embd_k, head_kv, stream, room + warp*SIDES*SIDE_BYTES);
+    const hylra_side<TYPE, EMBD> v(a.v, a.v_nb, a.n_embd_v, head_kv, stream, room + (warp + 1)*SIDES*SIDE_BYTES - SIDE_BYTES);
+    const auto copy = [&](int slot, const hylra_tile<WIDE> & tile) {
+        k.copy(slot, tile.cell);
+        if constexpr (!SCORES) {
+            v.copy(slot, tile.cell);
+        }
+        hylra_copy_commit();
+    };
     const int32_t * list = LISTED ? (const int32_t *) a.cells + ((size_t(stream)*a.n_tokens + token0)*a.lists + job.head_list[head_kv])*a.n_cells : nullptr;
     const int n_listed = LISTED ? a.n_cells : a.n_kv;
     const int end = min((chunk + 1)*p.chunk_cells, n_listed);
@@ -232,14 +240,23 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     hylra_await(); // as late as possible: what comes before overlaps with the kernels before this one
     hylra_release();
     hylra_tile<WIDE> next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first, end);
+    if constexpr (STAGED && STAGES > 1) {
+        copy(0, next);
+    }
     hylra_stage_q<TYPE, EMBD, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q);
     if (!LISTED) {
         hylra_clear_bins(job);
     }
     __syncthreads();
-    for (; first < end; first += HYLRA_CUDA_STEP) {
+    for (int slot = 0; first < end; first += HYLRA_CUDA_STEP, slot ^= STAGES - 1) {
         hylra_tile<WIDE> tile = next;
         next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first + HYLRA_CUDA_STEP, end); // its mask arrives while this tile is computed
+        if constexpr (STAGED) {
+            __syncwarp(); // all lanes are done with what the slot held
+            copy(slot ^ (STAGES - 1), STAGES > 1 ? next : tile);
+            hylra_copy_wait<STAGES - 1>();
+            __syncwarp();
+        }
         if (!hylra_tile_visible<WIDE, LISTED>(tile)) {
             continue;
         }
@@ -249,9 +266,9 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
         uint32_t weights[WIDE][2], p_frags[WIDE][2];
         uint4 rows[V_BATCH][4];
         if constexpr (V_EARLY && !SCORES) {
-            hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, 0, rows);
+            hylra_load_v(v, slot, v_cell, 0, rows);
         }
-        hylra_tile_logits<TYPE, EMBD, WIDE>(a, k, columns, tile, q, s);
+        hylra_tile_logits<TYPE, EMBD, WIDE>(a, k, slot, columns, tile, q, s);
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
             const float2 shrink = hylra_tile_weights(state[w], s[w]);
@@ -267,7 +284,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
 #pragma unroll
         for (int octets = 0; octets < (SCORES ? 0 : EMBD/64); octets += V_BATCH) {
             if (!V_EARLY || octets > 0) {
-                hylra_load_v<TYPE, V_BATCH>(a, v, v_cell, octets, rows);
+                hylra_load_v(v, slot, v_cell, octets, rows);
             }
             hylra_add_v<EMBD, WIDE, V_BATCH>(rows, octets, p_frags, out);
         }
@@ -285,7 +302,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
         if constexpr (SCORES) {
             hylra_store_state(job, chunk, stream, head_kv, column0 + 8*w, state[w], norms);
         } else {
-            hylra_store_merged<LISTED, TYPE, EMBD>(job, chunk, stream, head_kv, token0, column0 + 8*w, state[w], out[w], merge, norms);
+            hylra_store_merged<LISTED, TYPE, EMBD>(job, chunk, stream, head_kv, token0, column0 + 8*w, state[w], out[w], (float *) room, norms);
         }
     }
 }

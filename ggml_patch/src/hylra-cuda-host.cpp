@@ -31,17 +31,18 @@ static bool has_kernel(int type) {
     return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || type == GGML_TYPE_F32 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
 }
 
-// Rows of plain types are read 16 bytes at a time; blocks are read by halves.
-static bool is_aligned(int type, const uint64_t * nb) {
-    const uint64_t unit = ggml_is_quantized(ggml_type(type)) ? 2 : 16;
-    return nb[1]%unit == 0 && nb[2]%unit == 0 && nb[3]%unit == 0;
+// Rows of plain types are read 16 bytes at a time, quantised rows of MLA by halves. Others pass through the room of hylra-cuda-stage.cuh, which holds a row that
+// begins where it can if rows lie behind each other.
+static bool is_aligned(int type, int n_embd, const uint64_t * nb) {
+    const uint64_t row = ggml_row_size(ggml_type(type), n_embd), unit = !ggml_is_quantized(ggml_type(type)) ? 16 : n_embd > LARGEST_PLAIN_HEAD ? 2 : row & -row;
+    return (nb[1] | nb[2] | nb[3])%std::min<uint64_t>(unit, 16) == 0;
 }
 
 bool hylra_cuda_fits(const hylra_attn & a, int lists) {
     const int largest = std::max(a.n_embd_k, a.n_embd_v);
     const bool size_fits = largest <= LARGEST_PLAIN_HEAD || (a.n_embd_k <= 576 && a.n_embd_v <= 512);
     return has_kernel(a.type_k) && a.type_k == a.type_v && size_fits && a.n_embd_k%8 == 0 && a.n_embd_v%8 == 0 &&
-           is_aligned(a.type_k, a.k_nb) && is_aligned(a.type_v, a.v_nb) && a.n_kv%4 == 0 && a.n_head_kv <= HYLRA_CUDA_MAX_HEADS_KV &&
+           is_aligned(a.type_k, a.n_embd_k, a.k_nb) && is_aligned(a.type_v, a.n_embd_v, a.v_nb) && a.n_kv%4 == 0 && a.n_head_kv <= HYLRA_CUDA_MAX_HEADS_KV &&
            a.n_tokens*a.n_stream <= HYLRA_CUDA_MAX_TOKENS && a.n_head_kv%lists == 0 && a.n_head/lists <= HYLRA_CUDA_LIST_HEADS;
 }
 

@@ -123,7 +123,7 @@ static __device__ __forceinline__ void hylra_mla_load(const uint8_t * rows, uint
         const int octet = 4*i + part;
         const bool present = cell >= 0 && octet < n_octet;
         if constexpr (TYPE == GGML_TYPE_F16) {
-            hylra_copy_async(to[i%2] + i/2*8, (const uint4 *) from + (present ? octet : 0), present);
+            hylra_copy_async(to[i%2] + i/2*8, (const uint4 *) from + (present ? octet : 0), present ? 16 : 0);
         } else {
             to[i%2][i/2*8] = hylra_octet<TYPE, false>(from, octet, present);
         }

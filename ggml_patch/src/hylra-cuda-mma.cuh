@@ -53,12 +53,14 @@ static __device__ __forceinline__ uint4 * hylra_dynamic_shared() {
     return memory;
 }
 
-// Zeros if it is not present; before Ampere at once
-static __device__ __forceinline__ void hylra_copy_async(uint4 * to, const uint4 * from, bool present) {
+// n_byte of 16, of a multiple of two, and zeros behind them; before Ampere at once
+static __device__ __forceinline__ void hylra_copy_async(uint4 * to, const uint4 * from, int n_byte) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(present ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(n_byte) : "memory");
 #else
-    *to = present ? *from : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < 8; ++i) {
+        ((uint16_t *) to)[i] = 2*i < n_byte ? ((const uint16_t *) from)[i] : 0;
+    }
 #endif
 }
 

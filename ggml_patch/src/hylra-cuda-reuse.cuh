@@ -148,7 +148,7 @@ static __device__ __forceinline__ void hylra_reuse_begin(const hylra_cuda_job & 
 
 // Adds a tile whose K rows, and V_EARLY its first V rows, are on their way.
 template <int TYPE, int EMBD, int WIDE, bool V_EARLY, int V_BATCH>
-static __device__ __forceinline__ void hylra_reuse_tile(const hylra_attn & a, const uint8_t * v, const hylra_tile<WIDE> & tile, const int (&v_cell)[4],
+static __device__ __forceinline__ void hylra_reuse_tile(const hylra_attn & a, const hylra_side<TYPE, EMBD> & v, int slot, const hylra_tile<WIDE> & tile, const int (&v_cell)[4],
                                                         const uint4 (&k_rows)[EMBD/32][2], uint4 (&v_rows)[V_BATCH][4], const uint4 * q, hylra_reuse_state<EMBD, WIDE> & state) {
     float s[WIDE][4] = {};
     uint32_t p_frags[WIDE][2];
@@ -163,7 +163,7 @@ static __device__ __forceinline__ void hylra_reuse_tile(const hylra_attn & a, co
 #pragma unroll
     for (int octets = 0; octets < EMBD/64; octets += V_BATCH) {
         if (!V_EARLY || octets > 0) {
-            hylra_load_v<TYPE>(a, v, v_cell, octets, v_rows);
+            hylra_load_v(v, slot, v_cell, octets, v_rows);
         }
         hylra_add_v<EMBD, WIDE>(v_rows, octets, p_frags, state.out);
     }
@@ -184,17 +184,21 @@ static __device__ __forceinline__ void hylra_prefetch_tile(const hylra_attn & a,
     }
 }
 
+// Quantised rows of both tiles are under way at once where that fits static shared memory beside the inbox.
+template <int TYPE, int EMBD, int WIDE> constexpr int hylra_reuse_stages = WIDE == 1 ? hylra_stage_shape<TYPE, EMBD>::STAGES : 1;
+
 // The warp's tiles of the block's cells: the rows of the first are asked for as soon as the list is there, before the queries are.
 // A warp without cells goes through it once too: nothing that it adds counts. What the arguments alone say is computed before the kernels before
 // this one are awaited, while they still run: 8.6 -> 7.9 us for a layer of QwQ-32B at 61440 cells.
 template <int TYPE, int EMBD, int WIDE, int WARPS, int CLUSTER>
-static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & job, const hylra_reuse_place & at, uint4 * q, hylra_reuse_state<EMBD, WIDE> & state) {
+static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & job, const hylra_reuse_place & at, uint4 * q, uint8_t * room, hylra_reuse_state<EMBD, WIDE> & state) {
     constexpr int  V_BATCH = EMBD <= 128 ? EMBD/64 : 2;
-    constexpr bool V_EARLY = EMBD*WIDE <= 128;
+    constexpr bool STAGED = hylra_stage_shape<TYPE, EMBD>::USED, V_EARLY = EMBD*WIDE <= 128 && !STAGED;
+    constexpr int  STAGES = hylra_reuse_stages<TYPE, EMBD, WIDE>, SIDE_BYTES = STAGES*hylra_stage_shape<TYPE, EMBD>::TILE_BYTES;
     const hylra_attn & a = job.attn;
     const int t = threadIdx.x%4;
-    const uint8_t * k = (const uint8_t *) a.k + at.head_kv*a.k_nb[2] + at.stream*a.k_nb[3];
-    const uint8_t * v = (const uint8_t *) a.v + at.head_kv*a.v_nb[2] + at.stream*a.v_nb[3];
+    const hylra_side<TYPE, EMBD> k(a.k, a.k_nb, a.n_embd_k, at.head_kv, at.stream, room + int(threadIdx.x)/32*2*SIDE_BYTES);
+    const hylra_side<TYPE, EMBD> v(a.v, a.v_nb, a.n_embd_v, at.head_kv, at.stream, room + (int(threadIdx.x)/32*2 + 1)*SIDE_BYTES);
     const int32_t * list = (const int32_t *) a.cells + (size_t(blockIdx.z)*a.lists + job.head_list[at.head_kv])*a.n_cells;
     const int per_block = hylra_ceil_div(a.n_cells, CLUSTER*HYLRA_CUDA_TILE)*HYLRA_CUDA_TILE, end = min((at.rank + 1)*per_block, a.n_cells);
     int first = at.rank*per_block + int(threadIdx.x)/32*HYLRA_CUDA_TILE;
@@ -203,27 +207,51 @@ static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & 
     hylra_release();
     const auto look = [&](int from) { return hylra_tile_at<WIDE, true>(a, state.columns, list, at.stream, from, end); };
     hylra_tile<WIDE> tile = look(first), next = look(first + HYLRA_CUDA_TILE*WARPS);
+    const auto copy = [&](int slot, const hylra_tile<WIDE> & tile) {
+        k.copy(slot, tile.cell);
+        v.copy(slot, tile.cell);
+        hylra_copy_commit();
+    };
+    if constexpr (STAGED) {
+        copy(0, tile);
+    }
     queries.load(a);
-    for (bool staged = false;; staged = true) {
+    int slot = 0;
+    for (bool staged = false;; staged = true, slot ^= STAGES - 1) {
         const int v_cell[4] = { __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[0], 8*t + 4),
                                 __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t + 4) };
         uint4 k_rows[EMBD/32][2], v_rows[V_BATCH][4];
-        hylra_load_k<TYPE>(a, k, tile, k_rows);
-        if constexpr (V_EARLY) {
-            hylra_load_v<TYPE>(a, v, v_cell, 0, v_rows);
+        if constexpr (!STAGED) {
+            hylra_load_k(k, slot, tile, k_rows);
+        } else if (STAGES > 1) {
+            copy(slot ^ 1, next);
         }
-        if constexpr (CLUSTER > 8) {
-            hylra_prefetch_tile(a, k, v, next);
+        if constexpr (V_EARLY) {
+            hylra_load_v(v, slot, v_cell, 0, v_rows);
+        }
+        if constexpr (CLUSTER > 8 && !STAGED) {
+            hylra_prefetch_tile(a, k.base, v.base, next);
         }
         if (!staged) {
             queries.stage(a, q);
             __syncthreads();
         }
+        if constexpr (STAGED) {
+            hylra_copy_wait<STAGES - 1>();
+            __syncwarp();
+            hylra_load_k(k, slot, tile, k_rows);
+        }
         first += HYLRA_CUDA_TILE*WARPS;
         const hylra_tile<WIDE> later = look(first + HYLRA_CUDA_TILE*WARPS);
-        hylra_reuse_tile<TYPE, EMBD, WIDE, V_EARLY, V_BATCH>(a, v, tile, v_cell, k_rows, v_rows, q, state);
+        hylra_reuse_tile<TYPE, EMBD, WIDE, V_EARLY, V_BATCH>(a, v, slot, tile, v_cell, k_rows, v_rows, q, state);
         if (first >= end) {
             return;
+        }
+        if constexpr (STAGED) {
+            __syncwarp(); // all lanes are done with what the slot held
+            if (STAGES == 1) {
+                copy(0, next);
+            }
         }
         tile = next;
         next = later;
@@ -273,7 +301,8 @@ template <int TYPE, int EMBD, int WIDE, int WARPS, int CLUSTER>
 static __global__ void __launch_bounds__(32*WARPS, hylra_reuse_blocks(EMBD, WIDE)) hylra_reuse_kernel(const __grid_constant__ hylra_cuda_job job, float * output) {
 #if __CUDA_ARCH__ >= 900
     __shared__ uint4  q[WIDE*EMBD];
-    __shared__ __align__(8) float merge[WARPS*HYLRA_SHARED_FLOATS<EMBD>];
+    constexpr int STAGE_BYTES = 2*WARPS*hylra_reuse_stages<TYPE, EMBD, WIDE>*hylra_stage_shape<TYPE, EMBD>::TILE_BYTES, MERGE_BYTES = 4*WARPS*HYLRA_SHARED_FLOATS<EMBD>;
+    __shared__ __align__(16) uint8_t room[STAGE_BYTES > MERGE_BYTES ? STAGE_BYTES : MERGE_BYTES]; // rows of tiles, at the end outputs of warps
     __shared__ float2 norms[WARPS][8];
     __shared__ hylra_inbox<EMBD, WIDE, CLUSTER> inbox;
     const auto cluster = cooperative_groups::this_cluster();
@@ -282,12 +311,12 @@ static __global__ void __launch_bounds__(32*WARPS, hylra_reuse_blocks(EMBD, WIDE
     hylra_reuse_state<EMBD, WIDE> state;
     hylra_reuse_begin(job, at, state);
     const hylra_results<EMBD, WIDE, WARPS, CLUSTER> results(job, at, output);
-    hylra_reuse_tiles<TYPE, EMBD, WIDE, WARPS, CLUSTER>(job, at, q, state);
+    hylra_reuse_tiles<TYPE, EMBD, WIDE, WARPS, CLUSTER>(job, at, q, room, state);
     cluster.barrier_wait();
 #pragma unroll
     for (int w = 0; w < WIDE; ++w) {
         hylra_sum_lanes(state.softmax[w]);
-        hylra_send<TYPE, EMBD, WIDE, WARPS, CLUSTER>(state.softmax[w], state.out[w], w, job.plan.n_column - at.column0 - 8*w, merge, norms, inbox);
+        hylra_send<TYPE, EMBD, WIDE, WARPS, CLUSTER>(state.softmax[w], state.out[w], w, job.plan.n_column - at.column0 - 8*w, (float *) room, norms, inbox);
     }
     cluster.sync(); // all has arrived; nothing of another block is used after this
     results.store(inbox, at.rank);

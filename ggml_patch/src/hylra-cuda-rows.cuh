@@ -46,6 +46,23 @@ static __device__ __forceinline__ uint32_t hylra_floats_to_halves(uint32_t a, ui
     return hylra_bits(__floats2half2_rn(__uint_as_float(a), __uint_as_float(b)));
 }
 
+// An octet of a quantised row as four half2, which can be read even if it is not present: then its scale counts as 0, since nothing else can be other than finite.
+template <int TYPE> static __device__ __forceinline__ uint4 hylra_octet_of_blocks(const uint8_t * row, int octet, bool present) {
+    constexpr int BLOCK_BYTES = TYPE == GGML_TYPE_Q8_0 ? 34 : 18; // half d; int8 q[32] or uint8 q[16]
+    const uint8_t * block = row + octet/4*BLOCK_BYTES;
+    const half2 d = __half2half2(present ? *(const half *) block : __ushort_as_half(0));
+    uint4 out;
+    if constexpr (TYPE == GGML_TYPE_Q8_0) {
+        hylra_bytes_to_halves(hylra_load_u16x2(block + 2 + octet%4*8) ^ 0x80808080u, d, out.x, out.y);
+        hylra_bytes_to_halves(hylra_load_u16x2(block + 6 + octet%4*8) ^ 0x80808080u, d, out.z, out.w);
+    } else {
+        const uint32_t x = hylra_load_u16x2(block + 2 + octet%4*4);
+        const uint32_t a = __byte_perm(x, 0, 0x4140), b = __byte_perm(x, 0, 0x4342);
+        out = make_uint4(hylra_nibbles_to_halves(a, d), hylra_nibbles_to_halves(b, d), hylra_nibbles_to_halves(a >> 4, d), hylra_nibbles_to_halves(b >> 4, d));
+    }
+    return out;
+}
+
 // An octet as four half2, zeros if there is none; values beyond a half's range saturate as they do in llama.cpp's own kernels.
 template <int TYPE, bool ONCE> static __device__ __forceinline__ uint4 hylra_octet(const uint8_t * row, int octet, bool present) {
     if constexpr (TYPE == GGML_TYPE_F16) {
@@ -56,21 +73,7 @@ template <int TYPE, bool ONCE> static __device__ __forceinline__ uint4 hylra_oct
     } else if constexpr (TYPE == GGML_TYPE_F32) {
         const uint4 a = hylra_load<ONCE>((const uint4 *) row + 2*octet, present), b = hylra_load<ONCE>((const uint4 *) row + 2*octet + 1, present);
         return make_uint4(hylra_floats_to_halves(a.x, a.y), hylra_floats_to_halves(a.z, a.w), hylra_floats_to_halves(b.x, b.y), hylra_floats_to_halves(b.z, b.w));
-    } else if (!present) {
-        return make_uint4(0, 0, 0, 0);
-    } else if constexpr (TYPE == GGML_TYPE_Q8_0) { // half d; int8 q[32]
-        const uint8_t * block = row + octet/4*34;
-        const half2 d = __half2half2(*(const half *) block);
-        uint4 out;
-        hylra_bytes_to_halves(hylra_load_u16x2(block + 2 + octet%4*8) ^ 0x80808080u, d, out.x, out.y);
-        hylra_bytes_to_halves(hylra_load_u16x2(block + 6 + octet%4*8) ^ 0x80808080u, d, out.z, out.w);
-        return out;
-    } else { // Q4_0: half d; uint8 q[16]
-        const uint8_t * block = row + octet/4*18;
-        const half2 d = __half2half2(*(const half *) block);
-        const uint32_t x = hylra_load_u16x2(block + 2 + octet%4*4);
-        const uint32_t a = __byte_perm(x, 0, 0x4140), b = __byte_perm(x, 0, 0x4342);
-        return make_uint4(hylra_nibbles_to_halves(a, d), hylra_nibbles_to_halves(b, d),
-                          hylra_nibbles_to_halves(a >> 4, d), hylra_nibbles_to_halves(b >> 4, d));
+    } else {
+        return present ? hylra_octet_of_blocks<TYPE>(row, octet, true) : make_uint4(0, 0, 0, 0);
     }
 }

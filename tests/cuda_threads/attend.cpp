@@ -1,5 +1,5 @@
 // Attention on random F16 rows by the CUDA kernels, beside plain double precision: `attend BLOCK.so... < cases`. A case: kernel, head size, query heads,
-// KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells. The kernels: `plain`; of hylra-cuda-mla.cuh, with K of 576 values,
+// KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells. The kernels: `plain`; `q8_0`, the same on rounded rows; of hylra-cuda-mla.cuh, with K of 576 values,
 // `mla16`, `mla32` and `mla64` by columns per block, whose V is the first 512 of them, and `apart`, as mla32 with V rows of its own. Prints for each the
 // kernel and the largest errors, relative to the largest value: output of select, its scores, scores without V, output of reuse in two launches and, plain, in one.
 #include "hylra-attn.h"
@@ -65,17 +65,35 @@ static void launch(work w, int x, int y, int z, int side) {
 struct problem {
     int kernel, size, size_v, heads, heads_kv, n_kv, tokens, streams, n_listed, lists, sinks;
     float visible;
-    bool v_in_k;
+    bool v_in_k, quantised;
     std::vector<float> q, sink_values;
     std::vector<_Float16> k, v, mask;
+    std::vector<uint8_t> k_blocks, v_blocks; // of Q8_0, whose values k and v then are
     std::vector<int32_t> cells, forced, head_list;
 
     int rows() const { return heads*tokens*streams; }
+
+    // Blocks of 32 values: half d; int8 q[32]
+    static void round(std::vector<_Float16> & x, std::vector<uint8_t> & blocks) {
+        blocks.resize(x.size()/32*34);
+        for (size_t block = 0; block < x.size()/32; ++block) {
+            float top = 0.0f;
+            for (int i = 0; i < 32; ++i) { top = std::max(top, std::fabs(float(x[block*32 + i]))); }
+            const _Float16 d = _Float16(top/127.0f);
+            memcpy(&blocks[block*34], &d, 2);
+            for (int i = 0; i < 32; ++i) {
+                const int8_t value = int8_t(std::max(-127.0f, std::min(127.0f, std::round(float(x[block*32 + i])/float(d)))));
+                blocks[block*34 + 2 + i] = uint8_t(value);
+                x[block*32 + i] = _Float16(float(value)*float(d));
+            }
+        }
+    }
 
     void fill(std::mt19937 & rng) {
         std::normal_distribution<float> normal;
         const auto random = [&](auto & to, size_t n, float scale) { to.resize(n); for (auto & x : to) { x = scale*normal(rng); } };
         random(q, size_t(size)*rows(), 2.0f), random(k, size_t(size)*heads_kv*n_kv*streams, 1.0f), random(v, size_t(size_v)*heads_kv*n_kv*streams, 1.0f);
+        if (quantised) { round(k, k_blocks), round(v, v_blocks); }
         random(sink_values, sinks ? heads : 0, 1.0f);
         mask.resize(size_t(n_kv)*tokens*streams);
         for (_Float16 & x : mask) { x = _Float16(rng()%1000 < visible*1000 ? 0.0f : -INFINITY); }
@@ -94,10 +112,10 @@ struct problem {
     hylra_cuda_job job(bool listed, bool scores_only, std::vector<char> & scratch) const {
         hylra_cuda_job j = {};
         hylra_attn & a = j.attn;
-        a.type_k = a.type_v = 1;
+        a.type_k = a.type_v = quantised ? 8 : 1;
         a.n_embd_k = size, a.n_embd_v = size_v, a.n_head = heads, a.n_head_kv = heads_kv, a.n_kv = n_kv, a.n_tokens = tokens, a.n_stream = streams;
-        a.scale = 1.0f/sqrtf(float(size)), a.q = q.data(), a.k = k.data(), a.v = v_in_k ? k.data() : v.data(), a.mask = mask.data(), a.sinks = sinks ? sink_values.data() : nullptr;
-        const uint64_t of_q = 4ull*size, row = 2ull*size, row_v = v_in_k ? row : 2ull*size_v, of_mask = 2ull*n_kv;
+        a.scale = 1.0f/sqrtf(float(size)), a.q = q.data(), a.k = quantised ? (const void *) k_blocks.data() : k.data(), a.v = quantised ? (const void *) v_blocks.data() : v_in_k ? k.data() : v.data(), a.mask = mask.data(), a.sinks = sinks ? sink_values.data() : nullptr;
+        const uint64_t of_q = 4ull*size, row = quantised ? size/32*34ull : 2ull*size, row_v = v_in_k || quantised ? row : 2ull*size_v, of_mask = 2ull*n_kv;
         const uint64_t q_nb[4] = { 4, of_q*heads, of_q, of_q*heads*tokens }, k_nb[4] = { 2, row*heads_kv, row, row*heads_kv*n_kv };
         const uint64_t v_nb[4] = { 2, row_v*heads_kv, row_v, row_v*heads_kv*n_kv };
         const uint64_t mask_nb[4] = { 2, of_mask, of_mask*tokens, of_mask*tokens };
@@ -201,7 +219,8 @@ int main(int argc, char ** argv) {
     problem p;
     while (scanf("%63s %d %d %d %d %d %d %d %d %d %f", kernel, &p.size, &p.heads, &p.heads_kv, &p.n_kv, &p.tokens, &p.streams, &p.n_listed, &p.lists, &p.sinks, &p.visible) == 11) {
         const std::string name = kernel;
-        p.kernel = name == "plain" ? ATTEND : name == "mla16" ? MLA_16 : name == "mla64" ? MLA_64 : MLA_32;
+        p.quantised = name == "q8_0";
+        p.kernel = name == "plain" || p.quantised ? ATTEND : name == "mla16" ? MLA_16 : name == "mla64" ? MLA_64 : MLA_32;
         p.v_in_k = p.kernel != ATTEND && name != "apart";
         p.size_v = p.kernel == ATTEND ? p.size : 512;
         double errors[5];

@@ -1,4 +1,4 @@
-// One block of the attention kernels for F16 rows of up to 128 values, or of 576 (MLA). Compiled into a library that the test loads once per block of a cluster.
+// One block of the attention kernels for F16 and Q8_0 rows of up to 128 values, or F16 rows of 576 (MLA). Compiled into a library that the test loads once per block of a cluster.
 #define __CUDACC__
 #include "cuda_runtime.h"
 
@@ -11,13 +11,15 @@ constexpr int N_THREADS[] = { 32*HYLRA_CUDA_WARPS, REDUCE_THREADS, POOL_FEW_THRE
 
 struct work { int kind, grid[3], n_forced; hylra_cuda_job job; float * out; const int32_t * forced; float * scores; };
 
-template <int WIDE> static void run_wide(const work & w) {
+template <int TYPE, int WIDE> static void run_wide(const work & w) {
     if (w.kind == REUSE) {
-        hylra_reuse_kernel<GGML_TYPE_F16, 128, WIDE, WARPS, CLUSTER>(w.job, w.out);
+        hylra_reuse_kernel<TYPE, 128, WIDE, WARPS, CLUSTER>(w.job, w.out);
     } else {
-        hylra_with_mode(w.job, [&](auto mode) { hylra_attend_kernel<GGML_TYPE_F16, 128, WIDE, decltype(mode)::value>(w.job); });
+        hylra_with_mode(w.job, [&](auto mode) { hylra_attend_kernel<TYPE, 128, WIDE, decltype(mode)::value>(w.job); });
     }
 }
+
+template <int TYPE> static void run_type(const work & w) { w.job.plan.wide == 2 ? run_wide<TYPE, 2>(w) : run_wide<TYPE, 1>(w); }
 
 template <int COLUMNS, int CELLS> static void run_mla(const work & w, int stages) {
     hylra_with_mode(w.job, [&](auto mode) { hylra_mla_kernel<GGML_TYPE_F16, COLUMNS, CELLS, decltype(mode)::value>(w.job, stages); });
@@ -54,7 +56,7 @@ void run(const work & w, int x, int y, int z, int thread) {
     } else if (w.kind == MLA_16) {
         run_mla<16, 32>(w, 1);
     } else {
-        w.job.plan.wide == 2 ? run_wide<2>(w) : run_wide<1>(w);
+        w.job.attn.type_k == GGML_TYPE_Q8_0 ? run_type<GGML_TYPE_Q8_0>(w) : run_type<GGML_TYPE_F16>(w);
     }
 }
 

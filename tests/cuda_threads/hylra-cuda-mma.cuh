@@ -53,7 +53,10 @@ inline uint4 * hylra_dynamic_shared() {
     static uint4 memory[(227 << 10)/16];
     return memory;
 }
-inline void hylra_copy_async(uint4 * to, const uint4 * from, bool present) { *to = present ? *from : make_uint4(0, 0, 0, 0); }
+inline void hylra_copy_async(uint4 * to, const uint4 * from, int n_byte) {
+    *to = make_uint4(0, 0, 0, 0);
+    memcpy(to, from, n_byte);
+}
 inline void hylra_copy_commit() {}
 template <int N> void hylra_copy_wait() {}
 
