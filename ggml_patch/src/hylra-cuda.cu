@@ -27,13 +27,17 @@ void hylra_cuda_attend(const hylra_cuda_job & job, cudaStream_t stream) {
 bool hylra_cuda_reuse_f16 (const hylra_cuda_job & job, float * out, cudaStream_t stream);
 bool hylra_cuda_reuse_bf16(const hylra_cuda_job & job, float * out, cudaStream_t stream);
 bool hylra_cuda_reuse_f32 (const hylra_cuda_job & job, float * out, cudaStream_t stream);
+bool hylra_cuda_reuse_q8_0(const hylra_cuda_job & job, float * out, cudaStream_t stream);
+bool hylra_cuda_reuse_q4_0(const hylra_cuda_job & job, float * out, cudaStream_t stream);
 
 bool hylra_cuda_reuse(const hylra_cuda_job & job, float * out, cudaStream_t stream) {
     switch (job.attn.type_k) {
         case GGML_TYPE_F16:  return hylra_cuda_reuse_f16 (job, out, stream);
         case GGML_TYPE_BF16: return hylra_cuda_reuse_bf16(job, out, stream);
         case GGML_TYPE_F32:  return hylra_cuda_reuse_f32 (job, out, stream);
-        default: return false; // blocks of Q8_0 take longer so than in two launches: 14.6 for 13.6 us, Llama-3.1-8B at 65536 cells
+        case GGML_TYPE_Q8_0: return hylra_cuda_reuse_q8_0(job, out, stream);
+        case GGML_TYPE_Q4_0: return hylra_cuda_reuse_q4_0(job, out, stream);
+        default: return false;
     }
 }
 
