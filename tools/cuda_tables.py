@@ -41,7 +41,7 @@ def kernels(folder: Path):
     yield ("| shape | KV | sequences | cells | llama.cpp dense | select | of it attend | sparse select | reuse | dense / reuse | select / dense | sparse / dense | "
            "attend, of copy | scores, of copy | reuse, of copy |\n" + "| --- " * 15 + "|")
     for name, row in rows_of(folder, "kernels-"):
-        shape = name.removeprefix("kernels-").removesuffix(f"-{row['streams']}").removesuffix("-q8_0")
+        shape = name.removeprefix("kernels-").removesuffix(f"-{row['streams']}").removesuffix(f"-{row['type']}")
         yield (f"| {shape} | {row['type']} | {row['streams']} | {row['n_kv']} | {row['stock_us']:.0f} | {row['select_us']:.0f} | "
                f"{row['select_attend_us']:.0f} | {row['sparse_select_us']:.0f} | {row['reuse_us']:.1f} | {row['stock_us'] / row['reuse_us']:.1f} | "
                f"{row['select_us'] / row['stock_us']:.2f} | {row['sparse_select_us'] / row['stock_us']:.2f} | {row['select_share_of_copy']:.0%} | "

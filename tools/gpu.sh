@@ -45,6 +45,9 @@ run_kernels() {
     kernels qwq-32b-4            --heads 40 --streams 4 --n-kv 61440
     kernels qwen3-32b            --heads 64 --n-kv 61440,131072
     kernels llama-3.1-8b-q8_0    --heads 32 --type q8_0 --n-kv 8192,65536,131072
+    kernels llama-3.1-8b-q8_0-4  --heads 32 --type q8_0 --streams 4 --n-kv 65536
+    kernels llama-3.1-8b-q4_0    --heads 32 --type q4_0 --n-kv 8192,65536,131072
+    kernels qwq-32b-q8_0         --heads 40 --type q8_0 --n-kv 61440
     kernels deepseek-r1          --mla 1 --heads 128 --n-kv 8192,61440,131072
     kernels deepseek-r1-4        --mla 1 --heads 128 --streams 4 --n-kv 61440
     kernels deepseek-v2-lite     --mla 1 --heads 16 --n-kv 8192,61440
@@ -81,6 +84,7 @@ run_bench() {
     bench llama-3.1-8b-4  llama-3.1-8b "per-head sparse" -d 131072 -np 4
     bench llama-3.1-8b    llama-3.1-8b "per-head shared sparse" -d 4096,8192,16384,32768,65536,131072
     bench llama-3.1-8b-q8_0 llama-3.1-8b "per-head sparse" -d 65536 -ctk q8_0 -ctv q8_0
+    bench llama-3.1-8b-q8_0-4 llama-3.1-8b "per-head sparse" -d 32768 -np 4 -ctk q8_0 -ctv q8_0
     bench llama-3.1-8b-host llama-3.1-8b "per-head sparse" -d 8192,32768 -n 8 -r 2 -nkvo -t "$(nproc)"
 }
 
