@@ -65,6 +65,25 @@ int main(int, char ** argv) {
 }
 """
 
+# What the host asks ggml is answered here: sizes of Q8_0 (8) and F16 (1) rows
+FITS_PROGRAM = r"""
+#include "hylra-cuda-host.h"
+#include <cstdio>
+#include <cstdlib>
+#include "ggml.h"
+bool   ggml_is_quantized(ggml_type type) { return type == GGML_TYPE_Q8_0; }
+size_t ggml_row_size(ggml_type type, int64_t n) { return type == GGML_TYPE_Q8_0 ? n/32*34 : 2*n; }
+int main(int, char ** argv) {
+    hylra_attn a = {};
+    a.type_k = a.type_v = atoi(argv[1]), a.n_embd_k = a.n_embd_v = atoi(argv[2]);
+    a.n_head = a.n_head_kv = 2, a.n_kv = 256, a.n_tokens = a.n_stream = 1;
+    const uint64_t head = atoi(argv[3]), nb[4] = { 1, 2*head, head, 2*head*256 };
+    for (int i = 0; i < 4; ++i) { a.k_nb[i] = a.v_nb[i] = nb[i]; }
+    printf("%d", hylra_cuda_fits(a, 1));
+    return 0;
+}
+"""
+
 
 def compiled(tmp_path: Path, program: str, *options, arguments=(), env=None) -> str:
     source, binary = tmp_path / "program.cpp", tmp_path / "program"
@@ -99,6 +118,23 @@ def test_from_which_length_on_a_layer_gains_on_a_gpu(tmp_path, shape, n_kv, over
     env = {} if override is None else {"HYLRA_DEVICE_MIN_CONTEXT": override}
     host = [str(SOURCES / "hylra-cuda-host.cpp"), f"-I{ggml_headers()}", "-ffunction-sections", "-Wl,--gc-sections"]  # without what asks ggml
     assert compiled(tmp_path, RULE_PROGRAM, *host, arguments=(*shape, n_kv), env=env) == expected
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("kind, size, head_bytes, expected", [
+    (8, 128, 136, "1"),
+    (8, 128, 138, "0"),  # begins where the room of hylra-cuda-stage.cuh has no place for it
+    (8, 64, 68, "1"),
+    (8, 64, 70, "0"),
+    (8, 96, 102, "1"),
+    (8, 256, 272, "1"),
+    (8, 256, 280, "0"),
+    (1, 128, 256, "1"),
+    (1, 128, 264, "0"),
+])
+def test_rows_that_begin_where_a_kernel_cannot_read_them_are_refused(tmp_path, kind, size, head_bytes, expected):
+    host = [str(SOURCES / "hylra-cuda-host.cpp"), f"-I{ggml_headers()}", "-ffunction-sections", "-Wl,--gc-sections"]
+    assert compiled(tmp_path, FITS_PROGRAM, *host, arguments=(kind, size, head_bytes)) == expected
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ static __device__ __forceinline__ uint4 * hylra_dynamic_shared() {
     return memory;
 }
 
-// n_byte of 16, of a multiple of two, and zeros behind them; before Ampere at once
+// n_byte of 16, an even number, and zeros behind them; before Ampere at once
 static __device__ __forceinline__ void hylra_copy_async(uint4 * to, const uint4 * from, int n_byte) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(n_byte) : "memory");
