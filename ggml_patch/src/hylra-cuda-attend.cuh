@@ -195,12 +195,11 @@ template <int TYPE, int EMBD, int WIDE, hylra_attend_mode MODE>
 static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wanted(EMBD, WIDE, MODE)) hylra_attend_kernel(const __grid_constant__ hylra_cuda_job job) {
     constexpr bool LISTED = MODE == HYLRA_ATTEND_LISTED, SCORES = MODE == HYLRA_ATTEND_SCORES;
     constexpr int  V_BATCH = EMBD <= 128 ? EMBD/64 : 2;
-    constexpr bool STAGED = hylra_stage_shape<TYPE, EMBD>::USED;
-    constexpr bool V_EARLY = EMBD*WIDE <= 128 && !STAGED; // V under way while K is computed: where registers allow
-    constexpr int  STAGES = hylra_stage_shape<TYPE, EMBD>::STAGES, SIDES = SCORES ? 1 : 2, SIDE_BYTES = STAGES*hylra_stage_shape<TYPE, EMBD>::TILE_BYTES;
-    constexpr int  STAGE_BYTES = HYLRA_CUDA_WARPS*SIDES*SIDE_BYTES, MERGE_BYTES = SCORES ? 16 : 4*HYLRA_CUDA_WARPS*HYLRA_SHARED_FLOATS<EMBD>;
+    using sides_t = hylra_sides<TYPE, EMBD, SCORES ? 1 : 2, hylra_stage_shape<TYPE, EMBD>::STAGES>;
+    constexpr bool STAGED = sides_t::STAGED, V_EARLY = EMBD*WIDE <= 128 && !STAGED; // V under way while K is computed: where registers allow
+    constexpr int  STAGES = sides_t::STAGES, MERGE_BYTES = SCORES ? 16 : 4*HYLRA_CUDA_WARPS*HYLRA_SHARED_FLOATS<EMBD>;
     __shared__ uint4  q[WIDE*EMBD];
-    __shared__ __align__(16) uint8_t room[STAGE_BYTES > MERGE_BYTES ? STAGE_BYTES : MERGE_BYTES]; // rows of tiles, at the end outputs of warps
+    __shared__ __align__(16) uint8_t room[hylra_room_bytes(HYLRA_CUDA_WARPS*sides_t::WARP_BYTES, MERGE_BYTES)];
     __shared__ float2 norms[HYLRA_CUDA_WARPS][8];
 
     const hylra_attn & a = job.attn;
@@ -223,15 +222,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
         }
     }
 
-    const hylra_side<TYPE, EMBD> k(a.k, a.k_nb, a.n_embd_k, head_kv, stream, room + warp*SIDES*SIDE_BYTES);
-    const hylra_side<TYPE, EMBD> v(a.v, a.v_nb, a.n_embd_v, head_kv, stream, room + (warp + 1)*SIDES*SIDE_BYTES - SIDE_BYTES);
-    const auto copy = [&](int slot, const hylra_tile<WIDE> & tile) {
-        k.copy(slot, tile.cell);
-        if constexpr (!SCORES) {
-            v.copy(slot, tile.cell);
-        }
-        hylra_copy_commit();
-    };
+    const sides_t sides(a, head_kv, stream, room);
     const int32_t * list = LISTED ? (const int32_t *) a.cells + ((size_t(stream)*a.n_tokens + token0)*a.lists + job.head_list[head_kv])*a.n_cells : nullptr;
     const int n_listed = LISTED ? a.n_cells : a.n_kv;
     const int end = min((chunk + 1)*p.chunk_cells, n_listed);
@@ -241,7 +232,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
     hylra_release();
     hylra_tile<WIDE> next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first, end);
     if constexpr (STAGED && STAGES > 1) {
-        copy(0, next);
+        sides.copy(0, next.cell);
     }
     hylra_stage_q<TYPE, EMBD, WIDE>(a, p, LISTED, column0, head_kv, token0, stream, q);
     if (!LISTED) {
@@ -253,7 +244,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
         next = hylra_tile_at<WIDE, LISTED>(a, columns, list, stream, first + HYLRA_CUDA_STEP, end); // its mask arrives while this tile is computed
         if constexpr (STAGED) {
             __syncwarp(); // all lanes are done with what the slot held
-            copy(slot ^ (STAGES - 1), STAGES > 1 ? next : tile);
+            sides.copy(slot ^ (STAGES - 1), STAGES > 1 ? next.cell : tile.cell);
             hylra_copy_wait<STAGES - 1>();
             __syncwarp();
         }
@@ -266,9 +257,9 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
         uint32_t weights[WIDE][2], p_frags[WIDE][2];
         uint4 rows[V_BATCH][4];
         if constexpr (V_EARLY && !SCORES) {
-            hylra_load_v(v, slot, v_cell, 0, rows);
+            hylra_load_v(sides.v, slot, v_cell, 0, rows);
         }
-        hylra_tile_logits<TYPE, EMBD, WIDE>(a, k, slot, columns, tile, q, s);
+        hylra_tile_logits<TYPE, EMBD, WIDE>(a, sides.k, slot, columns, tile, q, s);
 #pragma unroll
         for (int w = 0; w < WIDE; ++w) {
             const float2 shrink = hylra_tile_weights(state[w], s[w]);
@@ -284,7 +275,7 @@ static __global__ void __launch_bounds__(32*HYLRA_CUDA_WARPS, hylra_blocks_wante
 #pragma unroll
         for (int octets = 0; octets < (SCORES ? 0 : EMBD/64); octets += V_BATCH) {
             if (!V_EARLY || octets > 0) {
-                hylra_load_v(v, slot, v_cell, octets, rows);
+                hylra_load_v(sides.v, slot, v_cell, octets, rows);
             }
             hylra_add_v<EMBD, WIDE, V_BATCH>(rows, octets, p_frags, out);
         }

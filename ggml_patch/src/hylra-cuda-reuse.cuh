@@ -185,7 +185,7 @@ static __device__ __forceinline__ void hylra_prefetch_tile(const hylra_attn & a,
 }
 
 // Quantised rows of both tiles are under way at once where that fits static shared memory beside the inbox.
-template <int TYPE, int EMBD, int WIDE> constexpr int hylra_reuse_stages = WIDE == 1 ? hylra_stage_shape<TYPE, EMBD>::STAGES : 1;
+template <int TYPE, int EMBD, int WIDE> using hylra_reuse_sides = hylra_sides<TYPE, EMBD, 2, WIDE == 1 ? hylra_stage_shape<TYPE, EMBD>::STAGES : 1>;
 
 // The warp's tiles of the block's cells: the rows of the first are asked for as soon as the list is there, before the queries are.
 // A warp without cells goes through it once too: nothing that it adds counts. What the arguments alone say is computed before the kernels before
@@ -193,12 +193,12 @@ template <int TYPE, int EMBD, int WIDE> constexpr int hylra_reuse_stages = WIDE 
 template <int TYPE, int EMBD, int WIDE, int WARPS, int CLUSTER>
 static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & job, const hylra_reuse_place & at, uint4 * q, uint8_t * room, hylra_reuse_state<EMBD, WIDE> & state) {
     constexpr int  V_BATCH = EMBD <= 128 ? EMBD/64 : 2;
-    constexpr bool STAGED = hylra_stage_shape<TYPE, EMBD>::USED, V_EARLY = EMBD*WIDE <= 128 && !STAGED;
-    constexpr int  STAGES = hylra_reuse_stages<TYPE, EMBD, WIDE>, SIDE_BYTES = STAGES*hylra_stage_shape<TYPE, EMBD>::TILE_BYTES;
+    using sides_t = hylra_reuse_sides<TYPE, EMBD, WIDE>;
+    constexpr bool STAGED = sides_t::STAGED, V_EARLY = EMBD*WIDE <= 128 && !STAGED;
+    constexpr int  STAGES = sides_t::STAGES;
     const hylra_attn & a = job.attn;
     const int t = threadIdx.x%4;
-    const hylra_side<TYPE, EMBD> k(a.k, a.k_nb, a.n_embd_k, at.head_kv, at.stream, room + int(threadIdx.x)/32*2*SIDE_BYTES);
-    const hylra_side<TYPE, EMBD> v(a.v, a.v_nb, a.n_embd_v, at.head_kv, at.stream, room + (int(threadIdx.x)/32*2 + 1)*SIDE_BYTES);
+    const sides_t sides(a, at.head_kv, at.stream, room);
     const int32_t * list = (const int32_t *) a.cells + (size_t(blockIdx.z)*a.lists + job.head_list[at.head_kv])*a.n_cells;
     const int per_block = hylra_ceil_div(a.n_cells, CLUSTER*HYLRA_CUDA_TILE)*HYLRA_CUDA_TILE, end = min((at.rank + 1)*per_block, a.n_cells);
     int first = at.rank*per_block + int(threadIdx.x)/32*HYLRA_CUDA_TILE;
@@ -207,13 +207,8 @@ static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & 
     hylra_release();
     const auto look = [&](int from) { return hylra_tile_at<WIDE, true>(a, state.columns, list, at.stream, from, end); };
     hylra_tile<WIDE> tile = look(first), next = look(first + HYLRA_CUDA_TILE*WARPS);
-    const auto copy = [&](int slot, const hylra_tile<WIDE> & tile) {
-        k.copy(slot, tile.cell);
-        v.copy(slot, tile.cell);
-        hylra_copy_commit();
-    };
     if constexpr (STAGED) {
-        copy(0, tile);
+        sides.copy(0, tile.cell);
     }
     queries.load(a);
     int slot = 0;
@@ -222,15 +217,15 @@ static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & 
                                 __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t), __shfl_sync(0xFFFFFFFFu, tile.cell[1], 8*t + 4) };
         uint4 k_rows[EMBD/32][2], v_rows[V_BATCH][4];
         if constexpr (!STAGED) {
-            hylra_load_k(k, slot, tile, k_rows);
+            hylra_load_k(sides.k, slot, tile, k_rows);
         } else if (STAGES > 1) {
-            copy(slot ^ 1, next);
+            sides.copy(slot ^ 1, next.cell);
         }
         if constexpr (V_EARLY) {
-            hylra_load_v(v, slot, v_cell, 0, v_rows);
+            hylra_load_v(sides.v, slot, v_cell, 0, v_rows);
         }
         if constexpr (CLUSTER > 8 && !STAGED) {
-            hylra_prefetch_tile(a, k.base, v.base, next);
+            hylra_prefetch_tile(a, sides.k.base, sides.v.base, next);
         }
         if (!staged) {
             queries.stage(a, q);
@@ -239,18 +234,18 @@ static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & 
         if constexpr (STAGED) {
             hylra_copy_wait<STAGES - 1>();
             __syncwarp();
-            hylra_load_k(k, slot, tile, k_rows);
+            hylra_load_k(sides.k, slot, tile, k_rows);
         }
         first += HYLRA_CUDA_TILE*WARPS;
         const hylra_tile<WIDE> later = look(first + HYLRA_CUDA_TILE*WARPS);
-        hylra_reuse_tile<TYPE, EMBD, WIDE, V_EARLY, V_BATCH>(a, v, slot, tile, v_cell, k_rows, v_rows, q, state);
+        hylra_reuse_tile<TYPE, EMBD, WIDE, V_EARLY, V_BATCH>(a, sides.v, slot, tile, v_cell, k_rows, v_rows, q, state);
         if (first >= end) {
             return;
         }
         if constexpr (STAGED) {
             __syncwarp(); // all lanes are done with what the slot held
             if (STAGES == 1) {
-                copy(0, next);
+                sides.copy(0, next.cell);
             }
         }
         tile = next;
@@ -301,8 +296,7 @@ template <int TYPE, int EMBD, int WIDE, int WARPS, int CLUSTER>
 static __global__ void __launch_bounds__(32*WARPS, hylra_reuse_blocks(EMBD, WIDE)) hylra_reuse_kernel(const __grid_constant__ hylra_cuda_job job, float * output) {
 #if __CUDA_ARCH__ >= 900
     __shared__ uint4  q[WIDE*EMBD];
-    constexpr int STAGE_BYTES = 2*WARPS*hylra_reuse_stages<TYPE, EMBD, WIDE>*hylra_stage_shape<TYPE, EMBD>::TILE_BYTES, MERGE_BYTES = 4*WARPS*HYLRA_SHARED_FLOATS<EMBD>;
-    __shared__ __align__(16) uint8_t room[STAGE_BYTES > MERGE_BYTES ? STAGE_BYTES : MERGE_BYTES]; // rows of tiles, at the end outputs of warps
+    __shared__ __align__(16) uint8_t room[hylra_room_bytes(WARPS*hylra_reuse_sides<TYPE, EMBD, WIDE>::WARP_BYTES, 4*WARPS*HYLRA_SHARED_FLOATS<EMBD>)];
     __shared__ float2 norms[WARPS][8];
     __shared__ hylra_inbox<EMBD, WIDE, CLUSTER> inbox;
     const auto cluster = cooperative_groups::this_cluster();

@@ -58,3 +58,26 @@ template <int TYPE, int EMBD> struct hylra_side {
         }
     }
 };
+
+// K and, with two SIDES, V of a KV head, as the warps of a block read them
+template <int TYPE, int EMBD, int SIDES, int N_STAGE> struct hylra_sides {
+    static constexpr bool STAGED = hylra_stage_shape<TYPE, EMBD>::USED;
+    static constexpr int  STAGES = N_STAGE, SIDE_BYTES = STAGES*hylra_stage_shape<TYPE, EMBD>::TILE_BYTES, WARP_BYTES = SIDES*SIDE_BYTES;
+    hylra_side<TYPE, EMBD> k, v;
+
+    // room: [WARP_BYTES] of each warp
+    __device__ __forceinline__ hylra_sides(const hylra_attn & a, int head_kv, int stream, uint8_t * room) :
+        k(a.k, a.k_nb, a.n_embd_k, head_kv, stream, room + int(threadIdx.x)/32*WARP_BYTES),
+        v(a.v, a.v_nb, a.n_embd_v, head_kv, stream, room + int(threadIdx.x)/32*WARP_BYTES + WARP_BYTES - SIDE_BYTES) {}
+
+    __device__ __forceinline__ void copy(int slot, const int (&cell)[2]) const {
+        k.copy(slot, cell);
+        if constexpr (SIDES > 1) {
+            v.copy(slot, cell);
+        }
+        hylra_copy_commit();
+    }
+};
+
+// Shared bytes that hold the rows of tiles and, at the end, outputs of warps
+HYLRA_HD constexpr int hylra_room_bytes(int stage_bytes, int merge_bytes) { return stage_bytes > merge_bytes ? stage_bytes : merge_bytes; }
