@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 
 namespace {
@@ -175,7 +176,9 @@ double error_of(const std::vector<float> & found, const std::vector<float> & exp
 
 // ---- one case
 
-struct verdict { double dense, scores, reuse, mass; bool lists; double scoring; };
+double worst_of(double a, double b) { return std::isnan(a) || b <= a ? a : b; } // a NaN stays
+
+struct verdict { double dense, scores, reuse, mass; bool lists; double scoring; int paths; }; // paths: ways to the lists that there were
 
 // The list that the serial code chooses from the same scores
 bool same_lists(const problem & p, const std::vector<float> & scores, const std::vector<int32_t> & cells, int top_k, double & mass) {
@@ -193,46 +196,71 @@ bool same_lists(const problem & p, const std::vector<float> & scores, const std:
     return same;
 }
 
-// scores_only: V is out of reach, so that a kernel that reads it faults
-verdict run_select(const problem & p, const on_device & d, bool scores_only, std::vector<int32_t> & cells) {
-    const int lists = p.lists(), n_row = lists*p.s.tokens*p.s.streams, top_k = p.s.top_k;
-    hylra_attn attn = d.attn;
-    attn.v = scores_only ? nullptr : attn.v;
-    hylra_cuda_job job = hylra_cuda_job_of(attn, p.head_list.data(), lists, scores_only, nullptr);
-    device_buffer scratch(job.layout.size), out(size_t(p.s.embd_v)*d.attn.n_head*p.s.tokens*p.s.streams*4), forced(p.forced);
+struct found_select { std::vector<float> out, scores; std::vector<int32_t> cells; std::vector<hylra_meter> meters; };
+
+// Worst error of out and of a score, in parts of the row's largest; whether the lists are those of the scores; by how much the metered mass is off
+struct select_errors { double out, scores, mass; bool lists; };
+
+// The ways to the lists
+enum select_path { BY_BLOCK, BY_CLUSTER };
+
+// What a path leaves in poisoned buffers; nothing if it is not for these shapes
+std::optional<found_select> select_by(select_path path, const problem & p, hylra_cuda_job job) {
+    if (path == BY_CLUSTER && !hylra_cuda_cluster_fits(p.s.n_kv, p.s.block_size)) { return {}; }
+    const int n_row = p.lists()*p.s.tokens*p.s.streams, top_k = p.s.top_k;
     const std::vector<hylra_meter> no_meters(n_row);
-    device_buffer scores(size_t(p.s.n_kv)*n_row*4), chosen(size_t(top_k)*n_row*4), meters(no_meters);
+    device_buffer scratch(job.layout.size), out(size_t(p.s.embd_v)*job.attn.n_head*p.s.tokens*p.s.streams*4), forced(p.forced);
+    device_buffer scores(size_t(p.s.n_kv)*n_row*4), cells(size_t(top_k)*n_row*4), meters(no_meters);
+    int32_t * list = (int32_t *) cells.data;
+    hylra_meter * meter = (hylra_meter *) meters.data;
     job.scratch = (char *) scratch.data;
     hylra_cuda_attend(job, 0);
+    const int32_t * bins = (const int32_t *) (job.scratch + job.layout.bins);
     hylra_cuda_pool(job, (float *) out.data, (const int32_t *) forced.data, p.n_forced(), (float *) scores.data, 0);
-    hylra_cuda_choose((const float *) scores.data, (const int32_t *) (job.scratch + job.layout.bins), p.s.n_kv, n_row, top_k, p.s.block_size,
-                      (int32_t *) chosen.data, (hylra_meter *) meters.data, 0);
-    std::vector<hylra_meter> all_meters = meters.read<hylra_meter>();
-    bool clusters_same = true;
-    if (hylra_cuda_cluster_fits(p.s.n_kv, p.s.block_size)) {
-        device_buffer cells_too(size_t(top_k)*n_row*4), meters_too(no_meters);
-        hylra_cuda_choose_in_cluster((const float *) scores.data, (const int32_t *) (job.scratch + job.layout.bins), p.s.n_kv, n_row, top_k, (int32_t *) cells_too.data, (hylra_meter *) meters_too.data, 0);
-        clusters_same = cells_too.read<int32_t>() == chosen.read<int32_t>();
-        for (const hylra_meter & meter : meters_too.read<hylra_meter>()) { all_meters.push_back(meter); }
+    if (path == BY_CLUSTER) {
+        hylra_cuda_choose_in_cluster((const float *) scores.data, bins, p.s.n_kv, n_row, top_k, list, meter, 0);
+    } else {
+        hylra_cuda_choose((const float *) scores.data, bins, p.s.n_kv, n_row, top_k, p.s.block_size, list, meter, 0);
     }
     CHECK(cudaDeviceSynchronize());
-    std::vector<float> expected_scores(size_t(p.s.n_kv)*n_row), found_scores = scores.read<float>();
+    return found_select{ job.plan.scores_only ? std::vector<float>() : out.read<float>(), scores.read<float>(), cells.read<int32_t>(), meters.read<hylra_meter>() };
+}
+
+select_errors errors_of(const problem & p, const found_select & found, const std::vector<float> & expected, const std::vector<float> & expected_scores) {
+    select_errors e = {};
+    double mass = 0.0, measured = 0.0;
+    e.lists = same_lists(p, found.scores, found.cells, p.s.top_k, mass);
+    for (const hylra_meter & meter : found.meters) { measured += meter.n == 1 ? meter.mass : NAN; }
+    e.mass = std::fabs(measured - mass)/std::max(mass, 1e-9);
+    for (size_t i = 0; i < found.scores.size(); ++i) {
+        e.scores = worst_of(e.scores, std::fabs(double(found.scores[i]) - expected_scores[i]));
+    }
+    e.out = found.out.empty() ? 0.0 : error_of(found.out, expected);
+    return e;
+}
+
+// scores_only: V is out of reach, so that a kernel that reads it faults
+verdict run_select(const problem & p, const on_device & d, bool scores_only, std::vector<int32_t> & cells) {
+    const int lists = p.lists(), n_row = lists*p.s.tokens*p.s.streams;
+    hylra_attn attn = d.attn;
+    attn.v = scores_only ? nullptr : attn.v;
+    const hylra_cuda_job job = hylra_cuda_job_of(attn, p.head_list.data(), lists, scores_only, nullptr);
+    std::vector<float> expected_scores(size_t(p.s.n_kv)*n_row);
     const std::vector<float> expected = reference(p.host, nullptr, &expected_scores, lists);
     for (int row = 0; row < n_row; ++row) {
         hylra_force(expected_scores.data() + size_t(row)*p.s.n_kv, p.forced.data() + size_t(row/lists)*p.n_forced(), p.n_forced(), 0, p.s.n_kv);
     }
-    cells = chosen.read<int32_t>();
-    double mass = 0.0, measured = 0.0;
-    const bool lists_same = same_lists(p, found_scores, cells, top_k, mass) && clusters_same;
-    mass *= all_meters.size()/n_row;
-    for (const hylra_meter & meter : all_meters) { measured += meter.n == 1 ? meter.mass : NAN; }
-    double worst = 0.0; // of a score, in parts of the row's largest
-    for (size_t i = 0; i < found_scores.size(); ++i) {
-        const double gap = std::fabs(double(found_scores[i]) - expected_scores[i]);
-        worst = gap <= worst ? worst : gap;
+    verdict v = { 0.0, 0.0, 0.0, 0.0, true, 0.0, 0 };
+    for (select_path path : { BY_BLOCK, BY_CLUSTER }) {
+        if (const auto found = select_by(path, p, job)) {
+            const select_errors e = errors_of(p, *found, expected, expected_scores);
+            v.dense = worst_of(v.dense, e.out), v.scores = worst_of(v.scores, e.scores), v.mass = worst_of(v.mass, e.mass);
+            v.lists = v.lists && e.lists;
+            v.paths += 1;
+            cells = found->cells;
+        }
     }
-    const double dense = scores_only ? 0.0 : error_of(out.read<float>(), expected);
-    return { dense, worst, 0.0, std::fabs(measured - mass)/std::max(mass, 1e-9), lists_same, 0.0 };
+    return v;
 }
 
 double run_reuse(const problem & p, on_device & d, const std::vector<int32_t> & cells) {
@@ -253,16 +281,15 @@ double run_reuse(const problem & p, on_device & d, const std::vector<int32_t> & 
         return two_launches;
     }
     CHECK(cudaDeviceSynchronize());
-    const double one_launch = error_of(out.read<float>(), expected);
-    return one_launch <= two_launches ? two_launches : one_launch; // a NaN stays
+    return worst_of(two_launches, error_of(out.read<float>(), expected));
 }
 
 bool report(const problem & p, const verdict & v) {
     // halves for q and weights: 1e-3 and less; a NaN never passes
     const bool ok = v.dense < 2e-3 && v.scores < 2e-3 && v.reuse < 2e-3 && v.mass < 1e-4 && v.lists && v.scoring < 2e-3;
-    printf("%s  %-24s %-5s %3d/%3d heads %3d/%d cells %5d tokens %2d streams %d  dense %.1e scores %.1e reuse %.1e mass %.1e lists %s without V %.1e\n", ok ? "ok " : "BAD",
+    printf("%s  %-24s %-5s %3d/%3d heads %3d/%d cells %5d tokens %2d streams %d  dense %.1e scores %.1e reuse %.1e mass %.1e lists %s by %d without V %.1e\n", ok ? "ok " : "BAD",
            p.s.name, ggml_type_name(p.s.type), p.s.embd_k, p.s.embd_v, p.s.group*p.s.heads_kv, p.s.heads_kv, p.s.n_kv, p.s.tokens, p.s.streams,
-           v.dense, v.scores, v.reuse, v.mass, v.lists ? "same" : "DIFFER", v.scoring);
+           v.dense, v.scores, v.reuse, v.mass, v.lists ? "same" : "DIFFER", v.paths, v.scoring);
     return ok;
 }
 
@@ -283,7 +310,7 @@ int main(int argc, char ** argv) {
         verdict v = run_select(p, d, false, cells);
         v.scoring = scoring.scores;
         v.lists   = v.lists && scoring.lists;
-        v.mass    = scoring.mass <= v.mass ? v.mass : scoring.mass;
+        v.mass    = worst_of(v.mass, scoring.mass);
         v.reuse = run_reuse(p, d, cells);
         n_bad += !report(p, v);
         n += 1;

@@ -54,17 +54,20 @@ template <int COLUMNS, int CELLS, bool LISTED>
 static __device__ __forceinline__ void hylra_mla_finish_logits(const hylra_attn & a, const hylra_mla_shared<COLUMNS, CELLS> & shared, const hylra_mla_block & at,
                                                                const int (&cell)[2], int column0, float (&s)[COLUMNS/16][4]) {
     const bool exact = a.softcap != 0.0f || a.max_bias > 0.0f || (!LISTED && a.mask && a.n_tokens > 1);
+    if (!exact) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS/4; ++i) {
+            s[i/4][i%4] = cell[i%4/2] < 0 ? -INFINITY : s[i/4][i%4];
+        }
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < COLUMNS/16; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if (exact) {
-                const hylra_column of = shared.columns[column0 + 8*n + 2*(threadIdx.x%4) + i%2];
-                const uint16_t mask = hylra_cuda_mask<LISTED>(a, of, at.stream, cell[i/2]);
-                s[n][i] = (a.softcap == 0.0f ? s[n][i] : HYLRA_LOG2E*a.softcap*tanhf(s[n][i]/a.softcap)) + __half2float(__ushort_as_half(mask))*of.slope;
-            } else {
-                s[n][i] = cell[i/2] < 0 ? -INFINITY : s[n][i];
-            }
+            const hylra_column of = shared.columns[column0 + 8*n + 2*(threadIdx.x%4) + i%2];
+            const uint16_t mask = hylra_cuda_mask<LISTED>(a, of, at.stream, cell[i/2]);
+            s[n][i] = (a.softcap == 0.0f ? s[n][i] : HYLRA_LOG2E*a.softcap*tanhf(s[n][i]/a.softcap)) + __half2float(__ushort_as_half(mask))*of.slope;
         }
     }
 }

@@ -73,9 +73,11 @@ template <bool MEANS> static __device__ void chunk_factors(const hylra_cuda_job 
 // Values of every STEP-th chunk from `first` on, N at a time, of rows of `length`
 template <int STEP, typename T, int BATCH>
 static __device__ __forceinline__ void load_parts(const T * parts, int length, int n_chunk, int first, int at, T (&x)[BATCH]) {
+    parts += size_t(min(first, n_chunk - 1))*length + min(at, length - 1);
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-        x[i] = parts[size_t(min(first + i*STEP, n_chunk - 1))*length + min(at, length - 1)];
+        x[i] = *parts; // of the last chunk again where there are no more
+        parts += first + (i + 1)*STEP < n_chunk ? STEP*length : 0;
     }
 }
 
@@ -98,16 +100,16 @@ template <int N_THREADS, typename PART> static __device__ void reduce_row(const 
     const int n_embd_v = job.attn.n_embd_v, n_chunk = job.plan.n_chunk, length = (MEANS ? hylra_mla_halves(job.attn) : n_embd_v)/DIMS;
     const PART * parts = (const PART *) (job.scratch + job.layout.outputs) + size_t(row)*n_chunk*length;
     const int lane = threadIdx.x%REDUCE_LANES, first = threadIdx.x/REDUCE_LANES;
-    PART x[BATCH];
-    load_parts<LANES>(parts, length, n_chunk, first, lane, x); // on their way while the factors are computed
-    if (threadIdx.x < 32) {
-        chunk_factors<MEANS>(job, row, factors);
-    }
-    __syncthreads();
     float sum[DIMS] = {};
-    for (int chunk = first; chunk < n_chunk; chunk += LANES*BATCH) {
-        if (chunk > first) {
-            load_parts<LANES>(parts, length, n_chunk, chunk, lane, x);
+#pragma unroll 1
+    for (int chunk = first; chunk - first < n_chunk; chunk += LANES*BATCH) { // as often for each thread
+        PART x[BATCH];
+        load_parts<LANES>(parts, length, n_chunk, chunk, lane, x); // the first on their way while the factors are computed
+        if (chunk == first) {
+            if (threadIdx.x < 32) {
+                chunk_factors<MEANS>(job, row, factors);
+            }
+            __syncthreads();
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
@@ -119,6 +121,7 @@ template <int N_THREADS, typename PART> static __device__ void reduce_row(const 
         shared[first*REDUCE_LANES*DIMS + (MEANS ? hylra_mla_dim(at, job.attn.type_v == GGML_TYPE_Q4_0) : at)] = sum[j];
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < n_embd_v; i += N_THREADS) {
         float all = 0.0f;
         for (int j = 0; j < LANES; ++j) {

@@ -215,10 +215,12 @@ static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool
     using shape = pool_shape<N_THREADS, QUADS, SIDES>;
     constexpr int CELLS = shape::CELLS;
     __shared__ uint32_t marks[CELLS/32]; // forced cells
-    __shared__ int32_t  bins[HYLRA_CUDA_BINS];
-    for (int i = threadIdx.x; i < HYLRA_CUDA_BINS; i += N_THREADS) {
-        bins[i] = 0;
+    __shared__ __align__(16) int32_t bins[HYLRA_CUDA_BINS];
+#pragma unroll 1 // here and below: what runs once should be little code, as code has to arrive too
+    for (int i = threadIdx.x; i < HYLRA_CUDA_BINS/4; i += N_THREADS) {
+        ((int4 *) bins)[i] = make_int4(0, 0, 0, 0);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < CELLS/32; i += N_THREADS) {
         marks[i] = 0;
     }
@@ -237,6 +239,7 @@ static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool
     int mark = threadIdx.x < n_forced ? forced[size_t(column)*n_forced + threadIdx.x] : -1; // both on their way early
     float sums[QUADS][4] = {};
     pool_cells<N_THREADS, N_WORD, QUADS, SIDES>(job, row, first_quad, sums, shared);
+#pragma unroll 1
     for (int i = threadIdx.x; i < n_forced; i += N_THREADS) {
         const int at = mark - begin;
         if (mark >= 0 && at >= 0 && at < CELLS) {
@@ -256,6 +259,7 @@ static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool
     }
     __syncthreads();
     int32_t * totals = (int32_t *) (job.scratch + job.layout.bins) + size_t(blockIdx.y)*HYLRA_CUDA_BINS;
+#pragma unroll 1
     for (int i = threadIdx.x; i < HYLRA_CUDA_BINS; i += N_THREADS) {
         if (bins[i]) {
             atomicAdd(&totals[i], bins[i]);

@@ -37,7 +37,7 @@ size_t hylra_cuda_choose_bytes(int n_kv);
 void hylra_cuda_choose(const float * scores, const int32_t * bins, int n_kv, int n_row, int top_k, int block_size, int32_t * cells,
                        hylra_meter * meters, cudaStream_t stream);
 
-// The same with eight blocks per row, where the device has clusters and shared memory for it.
+// The same with four or eight blocks per row, where the device has clusters and shared memory for it.
 bool hylra_cuda_cluster_fits(int n_kv, int block_size);
 void hylra_cuda_choose_in_cluster(const float * scores, const int32_t * bins, int n_kv, int n_row, int top_k, int32_t * cells, hylra_meter * meters,
                                   cudaStream_t stream);

@@ -30,6 +30,7 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return { x, y, z, w }; }
+inline int4 make_int4(int x, int y, int z, int w) { return { x, y, z, w }; }
 inline float2 make_float2(float x, float y) { return { x, y }; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return { x, y }; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
@@ -42,6 +43,9 @@ inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
+inline uint32_t __brev(uint32_t x) { uint32_t out = 0; for (int i = 0; i < 32; ++i) { out |= (x >> i & 1) << (31 - i); } return out; }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) { return n == 0 ? high : high << n | low >> (32 - n); }
+inline unsigned __float2uint_rn(float x) { return unsigned(std::nearbyint(x)); }
 inline int __clz(int x) { return __builtin_clz(unsigned(x)); }
 template <typename T> T __ldcg(const T * p) { return *p; }
 
@@ -97,6 +101,15 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     unsigned all = 0;
     for (int lane = 0; lane < 32; ++lane) { all |= unsigned(lane_of(int(x), lane)) << lane; }
     return all;
+}
+template <typename T> T __reduce_add_sync(unsigned, T x) {
+    uint64_t * lanes = of_block.lanes[threadIdx.x/32];
+    T sum = 0;
+    lanes[threadIdx.x%32] = uint64_t(x);
+    __syncwarp();
+    for (int lane = 0; lane < 32; ++lane) { sum += T(lanes[lane]); }
+    __syncwarp();
+    return sum;
 }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 
