@@ -203,8 +203,8 @@ template <int CLUSTER> static __device__ void meter_mass(const exchange<CLUSTER>
 
 // grid: (CLUSTER, rows). scores: F32 [n_kv, rows]; first_bins: I32 [HYLRA_CUDA_BINS, rows]; cells: I32 [top_k, rows]
 template <int CLUSTER>
-static __global__ void __launch_bounds__(THREADS, 2) choose_in_cluster_kernel(const float * scores, const int32_t * first_bins, int n_kv,
-                                                                                       int top_k, int32_t * cells, hylra_meter * meters) {
+static __global__ void __launch_bounds__(THREADS, 2) choose_in_cluster_kernel(const float * scores, const int32_t * first_bins, int n_kv, int top_k, int32_t * cells,
+                                                                             hylra_meter * meters) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ uint32_t chosen[];
     __shared__ __align__(16) exchange<CLUSTER> mine;
@@ -228,9 +228,7 @@ static __global__ void __launch_bounds__(THREADS, 2) choose_in_cluster_kernel(co
     const bool scores_decide = state.all || state.bound.n_level <= HYLRA_RADIX_SCORE_LEVELS;
     float mass = scores_decide ? choose_by_score(part, mine, state, first_quads) : choose_by_key(part, mine, state);
     __syncthreads();
-    if (threadIdx.x < CLUSTER) {
-        cg::this_cluster().map_shared_rank(mine.n_candidate, threadIdx.x)[blockIdx.x] = state.n_candidate;
-    }
+    tell_all(mine.n_candidate, state.n_candidate);
     cg::this_cluster().sync(); // candidates have arrived
     mass += choose_candidates(part, mine, state);
     if (meters) {
@@ -239,9 +237,7 @@ static __global__ void __launch_bounds__(THREADS, 2) choose_in_cluster_kernel(co
     __syncthreads();
     int total;
     const int before = chosen_before(part, sums, &total);
-    if (threadIdx.x < CLUSTER) {
-        cg::this_cluster().map_shared_rank(mine.tallies, threadIdx.x)[blockIdx.x] = { total, state.mass };
-    }
+    tell_all(mine.tallies, tally{ total, state.mass });
     cg::this_cluster().sync(); // nothing of another block is used after this
     write_list(part, mine, before, top_k, cells + size_t(row)*top_k);
     if (meters && blockIdx.x == 0 && threadIdx.x == 0) {

@@ -56,6 +56,13 @@ static __device__ row_part part_of(const float * scores, int n_kv, int per_threa
     return { scores, chosen, begin, max(begin, min(begin + THREADS*per_thread, n_kv)), per_thread };
 }
 
+// Writes to each block's of_rank[CLUSTER] what this one has to say.
+template <int CLUSTER, typename T> static __device__ __forceinline__ void tell_all(T (&of_rank)[CLUSTER], const T & x) {
+    if (threadIdx.x < CLUSTER) {
+        cg::this_cluster().map_shared_rank(of_rank, threadIdx.x)[blockIdx.x] = x;
+    }
+}
+
 // ---- scores: four neighbouring cells are a quad, a thread waits for a few quads together
 
 struct quads {
