@@ -110,7 +110,7 @@ void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*
                 }
                 for (int j = 0; j < READER::STEPS; ++j) {
                     for (int h = 0; h < HEADS; ++h) {
-                        const vf qv = load(q[h] + (i + j)*LANES);
+                        const vf qv = in_register(load(q[h] + (i + j)*LANES));
                         for (int c = 0; c < CELLS; ++c) {
                             acc[h][c] += qv*kv[c][j];
                         }
