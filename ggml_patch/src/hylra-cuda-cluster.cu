@@ -1,6 +1,6 @@
 // Choosing single cells from Hopper on: a cluster of blocks shares a row, narrows it down together (hylra-cuda-narrow.cuh) and writes the ascending list.
 // hylra_cuda_cluster_fits sends blocks of cells and older cards to hylra-cuda-choose.cu. What runs once should be little code, as code has to arrive too:
-// pooling and choosing among 61440 cells of DeepSeek-R1 took 34 us when this was 60 KB, and takes 27 with the same steps in 25 (loops as loops, bits from signs).
+// pooling and choosing among 61440 cells of DeepSeek-R1 took 34 us when this was 60 KB, and 28 with the same steps in 25 (loops as loops, bits from signs).
 #include "hylra-cuda-narrow.cuh"
 
 #include <algorithm>
