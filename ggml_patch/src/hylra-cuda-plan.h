@@ -29,6 +29,7 @@ constexpr int HYLRA_CUDA_MAX_TOKENS = 64;      // of a batch, all streams togeth
 constexpr int HYLRA_CUDA_BINS       = 2048;    // of the first digit of a score, see hylra-radix.h
 
 struct hylra_cuda_plan {
+    int32_t group;        // query heads of a KV head
     int32_t n_column;     // of one KV head and stream; with a list of cells: and token
     int32_t wide;         // groups that one warp serves: 1 or 2
     int32_t mla;          // 1: rows of more than 256 values, for hylra-cuda-mla.cuh
@@ -43,9 +44,9 @@ struct hylra_cuda_plan {
 HYLRA_HD inline int hylra_ceil_div(int a, int b) { return (a + b - 1)/b; }
 
 HYLRA_HD inline hylra_cuda_plan hylra_cuda_plan_of(const hylra_attn & a, int n_listed, bool listed, bool scores_only) {
-    const int group = a.n_head/a.n_head_kv;
     hylra_cuda_plan p = {};
-    p.n_column = listed ? group : group*a.n_tokens;
+    p.group    = a.n_head/a.n_head_kv;
+    p.n_column = listed ? p.group : p.group*a.n_tokens;
     p.mla      = a.n_embd_k > 256 || a.n_embd_v > 256;
     p.wide     = !p.mla && p.n_column > HYLRA_CUDA_COLUMNS ? 2 : 1;
     // one list is so short that blocks of 64 columns would not fill the card

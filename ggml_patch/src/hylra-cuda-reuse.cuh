@@ -18,47 +18,6 @@ template <int EMBD, int WIDE, int CLUSTER> struct hylra_inbox {
     float2 norms[CLUSTER][WIDE*8];    // reference and sum of the columns
 };
 
-// The queries of a thread, on their way while the list is awaited. Padding reads what lies next to it: of columns that are not stored, or times zeros of K.
-template <int TYPE, int EMBD, int WIDE, int N_THREADS> struct hylra_queries {
-    static constexpr int N = (WIDE*EMBD + N_THREADS - 1)/N_THREADS;
-    const float * rows[N];
-    float x[N][8];
-
-    static __device__ __forceinline__ int fragment(int n) { return min(int(threadIdx.x) + n*N_THREADS, WIDE*EMBD - 1); }
-
-    __device__ __forceinline__ hylra_queries(const hylra_attn & a, const hylra_cuda_plan & p, int first_column, int head_kv, int token, int stream) {
-        const int group = a.n_head/a.n_head_kv;
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const int column = min(first_column + fragment(n)/EMBD*8 + fragment(n)%32/4, p.n_column - 1);
-            rows[n] = (const float *) ((const char *) a.q + token*a.q_nb[1] + (head_kv*group + column)*a.q_nb[2] + stream*a.q_nb[3]);
-        }
-    }
-
-    __device__ __forceinline__ void load(const hylra_attn & a) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const int octet = fragment(n)/32%(EMBD/32)*4 + fragment(n)%4;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                x[n][j] = rows[n][min(hylra_octet_dim<TYPE>(octet, j), a.n_embd_k - 1)];
-            }
-        }
-    }
-
-    __device__ __forceinline__ void stage(const hylra_attn & a, uint4 * shared) const {
-        const float scale = a.softcap == 0.0f ? a.scale*HYLRA_LOG2E : a.scale;
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const int i = int(threadIdx.x) + n*N_THREADS;
-            if (i < WIDE*EMBD) {
-                shared[i] = make_uint4(hylra_bits(__floats2half2_rn(x[n][0]*scale, x[n][1]*scale)), hylra_bits(__floats2half2_rn(x[n][2]*scale, x[n][3]*scale)),
-                                       hylra_bits(__floats2half2_rn(x[n][4]*scale, x[n][5]*scale)), hylra_bits(__floats2half2_rn(x[n][6]*scale, x[n][7]*scale)));
-            }
-        }
-    }
-};
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 // One group of columns of a block is added and sent to the blocks that finish it. n_column: of the group; shared, norms: of hylra_share_outputs
@@ -202,7 +161,7 @@ static __device__ __forceinline__ void hylra_reuse_tiles(const hylra_cuda_job & 
     const int32_t * list = (const int32_t *) a.cells + (size_t(blockIdx.z)*a.lists + job.head_list[at.head_kv])*a.n_cells;
     const int per_block = hylra_ceil_div(a.n_cells, CLUSTER*HYLRA_CUDA_TILE)*HYLRA_CUDA_TILE, end = min((at.rank + 1)*per_block, a.n_cells);
     int first = at.rank*per_block + int(threadIdx.x)/32*HYLRA_CUDA_TILE;
-    hylra_queries<TYPE, EMBD, WIDE, 32*WARPS> queries(a, job.plan, at.column0, at.head_kv, at.token, at.stream);
+    hylra_queries<TYPE, EMBD, WIDE, 32*WARPS, true> queries(a, job.plan, at.column0, at.head_kv, at.token, at.stream);
     hylra_await();
     hylra_release();
     const auto look = [&](int from) { return hylra_tile_at<WIDE, true>(a, state.columns, list, at.stream, from, end); };

@@ -40,13 +40,25 @@ static __device__ __forceinline__ float hylra_cuda_slope(const hylra_attn & a, i
     return HYLRA_LOG2E*(head < n_log2 ? powf(m0, head + 1) : powf(m1, 2*(head - n_log2) + 1));
 }
 
+struct hylra_column_place { int token, in_group; };
+
+// Which token and query head of the KV head a column is; without a division, which takes longer than the few tokens that decode has.
+template <bool LISTED> static __device__ __forceinline__ hylra_column_place hylra_place_of(const hylra_cuda_plan & p, int column, int token0) {
+    hylra_column_place at = { LISTED ? token0 : 0, column };
+#pragma unroll 1
+    for (; !LISTED && at.in_group >= p.group; at.in_group -= p.group) {
+        ++at.token;
+    }
+    return at;
+}
+
 template <bool LISTED> static __device__ __forceinline__ hylra_column hylra_column_of(const hylra_attn & a, const hylra_cuda_plan & p, int column, int head_kv, int token0) {
-    const int group = a.n_head/a.n_head_kv;
     if (column >= p.n_column) {
         return { token0, -1, HYLRA_LOG2E }; // positive: a hidden cell's infinity is multiplied by it
     }
-    const int head = head_kv*group + column%group;
-    return { LISTED ? token0 : column/group, head, hylra_cuda_slope(a, head) };
+    const hylra_column_place at = hylra_place_of<LISTED>(p, column, token0);
+    const int head = head_kv*p.group + at.in_group;
+    return { at.token, head, hylra_cuda_slope(a, head) };
 }
 
 constexpr uint16_t HYLRA_HALF_HIDDEN = 0xFC00; // -inf
@@ -167,12 +179,17 @@ static __device__ void hylra_store_merged(const hylra_cuda_job & job, int chunk,
     float factor[HYLRA_CUDA_WARPS];
     const float2 norm = hylra_merged_norm(norms, column_in_group, factor);
     float * to = hylra_outputs(job, chunk, stream, column);
-    for (int d = part; d < job.attn.n_embd_v; d += 16) {
+#pragma unroll
+    for (int first = 0; first < EMBD_V; first += 16) {
+        const int d = first + part;
         float x = 0.0f;
+#pragma unroll
         for (int w = 0; w < HYLRA_CUDA_WARPS; ++w) {
             x += factor[w]*shared[hylra_shared_row<EMBD_V>(w, column_in_group) + d];
         }
-        to[d] = x;
+        if (d < job.attn.n_embd_v) {
+            to[d] = x;
+        }
     }
     if (part == 0) {
         hylra_store_norm(job, chunk, stream, column, norm.x, norm.y);
