@@ -43,34 +43,57 @@ template <int N_THREADS, int QUADS, int SIDES> struct pool_shape {
 // Threads that sum the norms of a head: half a warp in small blocks, whose warps would take them in turns
 template <int N_THREADS> constexpr int NORM_LANES = N_THREADS <= POOL_FEW_THREADS ? 16 : 32;
 
-// The KV heads of a list lie together, as do the query heads of a KV head.
-struct pool_list { int n_head_kv, heads, n_group; }; // query heads and groups of eight columns, of one KV head
+// The KV heads of a list lie together, as do the query heads of a KV head. By the host: a kernel that divides waits for it.
+struct pool_list {
+    int   n_head_kv, heads; // query heads of one KV head
+    float share;            // of a query head in the list's mean
 
-static __device__ __forceinline__ pool_list pool_list_of(const hylra_cuda_job & job, int token) {
-    const int heads = job.attn.n_head/job.attn.n_head_kv;
-    return { job.attn.n_head_kv/job.select_lists, heads, (token*heads + heads - 1)/8 - token*heads/8 + 1 };
+    // Groups of eight columns of one KV head
+    __device__ __forceinline__ int n_group(int token) const { return (token*heads + heads - 1)/8 - token*heads/8 + 1; }
+};
+
+static pool_list pool_list_of(const hylra_cuda_job & job) {
+    return { job.attn.n_head_kv/job.select_lists, job.plan.group, float(job.select_lists)/float(job.attn.n_head) };
 }
 
-// References and factors of the mean of the list's heads, from the first on
-template <int N_THREADS> static __device__ __forceinline__ void pool_totals(const hylra_cuda_job & job, const pool_row & row, const pool_list & list, float2 * totals) {
-    constexpr int LANES = NORM_LANES<N_THREADS>;
-    const hylra_attn & a = job.attn;
-    const int n_head = list.heads*list.n_head_kv, row0 = (row.stream*a.n_tokens + row.token)*a.n_head + row.list*n_head;
-    for (int first = threadIdx.x/32*(32/LANES); first < n_head; first += N_THREADS/LANES) { // of whole warps
-        const int head = first + threadIdx.x%32/LANES, at_row = row0 + min(head, n_head - 1);
-        const float2 total = total_of(job, at_row, norms_of<LANES>(job, at_row));
-        if (head < n_head && threadIdx.x%LANES == 0) {
-            totals[head] = make_float2(total.x, total.y/float(n_head));
+// References and factors of the mean of the list's heads, a few threads each. EARLY: the first norms are asked for before what else a block waits for; blocks that take
+// more cells have no registers for them.
+template <int N_THREADS, bool EARLY> struct pool_totals {
+    static constexpr int LANES = NORM_LANES<N_THREADS>, STEP = N_THREADS/LANES;
+    int n_head, row0;
+    row_norms<LANES> norms;
+
+    static __device__ __forceinline__ int first() { return threadIdx.x/32*(32/LANES); } // of whole warps
+    __device__ __forceinline__ void load(const hylra_cuda_job & job, int at) { norms = norms_of<LANES>(job, row0 + min(at + int(threadIdx.x)%32/LANES, n_head - 1)); }
+
+    __device__ __forceinline__ pool_totals(const hylra_cuda_job & job, const pool_row & row, const pool_list & list) :
+        n_head(list.heads*list.n_head_kv), row0((row.stream*job.attn.n_tokens + row.token)*job.attn.n_head + row.list*n_head) {
+        if (EARLY) {
+            load(job, first());
         }
     }
-}
+
+    __device__ __forceinline__ void store(const hylra_cuda_job & job, const pool_list & list, float2 * totals) {
+#pragma unroll 1
+        for (int at = first(); at < n_head; at += STEP) {
+            if (!EARLY || at != first()) {
+                load(job, at);
+            }
+            const int head = at + threadIdx.x%32/LANES;
+            const float2 total = total_of(job, row0 + head, norms);
+            if (head < n_head && threadIdx.x%LANES == 0) {
+                totals[head] = make_float2(total.x, total.y*list.share);
+            }
+        }
+    }
+};
 
 // A group of eight columns of the list: which KV head of it, and which group of the token. Found without the divisions that each block would begin with.
 struct pool_group {
     int in_list, group;
 
-    __device__ __forceinline__ void advance(const pool_list & list, int n) {
-        for (group += n; group >= list.n_group; group -= list.n_group) {
+    __device__ __forceinline__ void advance(int n_group, int n) {
+        for (group += n; group >= n_group; group -= n_group) {
             ++in_list;
         }
     }
@@ -140,20 +163,21 @@ template <typename SHAPE, int N_WORD, int QUADS> struct pool_loads {
 
 // Means over the heads of the row's list, of the cells of QUADS quads; of a hidden cell: anything. Of the block's sides the first has all.
 template <int N_THREADS, int N_WORD, int QUADS, int SIDES>
-static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, const pool_row & row, int first_quad, float (&sums)[QUADS][4], float * shared) {
+static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, const pool_row & row, const pool_list & list, int first_quad, float (&sums)[QUADS][4],
+                                                  float * shared) {
     using shape = pool_shape<N_THREADS, QUADS, SIDES>;
     __shared__ float2 totals[HYLRA_CUDA_LIST_HEADS];
     __shared__ __align__(16) float factors[SIDES][shape::TILES][8];
-    const pool_list list = pool_list_of(job, row.token);
-    const int column0 = row.token*list.heads, first_tile = int(blockIdx.x)*shape::TILES + shape::lane()/8;
+    pool_totals<N_THREADS, shape::LANES == POOL_FEW_THREADS> sums_of(job, row, list);
+    const int n_group = list.n_group(row.token), column0 = row.token*list.heads, first_tile = int(blockIdx.x)*shape::TILES + shape::lane()/8;
     const int group0 = (row.stream*job.attn.n_head_kv + row.list*list.n_head_kv)*job.plan.n_group + column0/8;
     pool_group mine = { 0, 0 };
-    mine.advance(list, shape::side());
-    for (int first = 0; first < list.n_head_kv*list.n_group; first += SIDES) {
+    mine.advance(n_group, shape::side());
+    for (int first = 0; first < list.n_head_kv*n_group; first += SIDES) {
         const bool present = mine.in_list < list.n_head_kv;
         const pool_loads<shape, N_WORD, QUADS> loads(job, group0 + (present ? mine.in_list*job.plan.n_group + mine.group : 0), first_quad, first_tile);
         if (first == 0) {
-            pool_totals<N_THREADS>(job, row, list, totals);
+            sums_of.store(job, list, totals);
         }
         __syncthreads();
         pool_factors<shape>(loads.peak, (column0/8 + mine.group)*8 - column0, present ? list.heads : 0, totals + mine.in_list*list.heads, factors[shape::side()]);
@@ -162,7 +186,7 @@ static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, co
         for (int q = 0; q < QUADS; ++q) {
             add_means<N_WORD>(loads.raw[q], factors[shape::side()][(q*shape::LANES + shape::lane())/4], sums[q]);
         }
-        mine.advance(list, SIDES);
+        mine.advance(n_group, SIDES);
     }
     if constexpr (SIDES > 1) {
         static_assert(QUADS == 1, "sides are for few blocks");
@@ -190,9 +214,26 @@ static __device__ __forceinline__ void count_digits(const float4 & quad, int32_t
     }
 }
 
-// A block that reduces: (x, y) counts on from the blocks that pool
+// Adds a block's bins to the row's; a thread waits for its own together (1650 -> 830 cycles of 128 threads, by timers in the kernel).
+template <int N_THREADS> static __device__ __forceinline__ void add_to_row(const int32_t * bins, int32_t * totals) {
+    constexpr int N = HYLRA_CUDA_BINS/N_THREADS;
+    int32_t own[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        own[i] = bins[i*N_THREADS + threadIdx.x];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (own[i]) {
+            atomicAdd(&totals[i*N_THREADS + threadIdx.x], own[i]);
+        }
+    }
+}
+
+// A block that reduces: (x, y, z) counts on from the blocks that pool. Blocks without a row wait too: they keep the kernel that chooses from crowding on the first
+// processors that are free (1 us at 61440 cells).
 template <int N_THREADS, typename PART> static __device__ __forceinline__ void reduce_beside(const hylra_cuda_job & job, int n_pooled, float * out, float * shared) {
-    const int row = (int(blockIdx.y) - n_pooled)*int(gridDim.x) + int(blockIdx.x);
+    const int row = ((int(blockIdx.z) - n_pooled)*int(gridDim.y) + int(blockIdx.y))*int(gridDim.x) + int(blockIdx.x);
     hylra_await();
     hylra_release();
     if (row < rows_of(job.attn)) {
@@ -203,13 +244,13 @@ template <int N_THREADS, typename PART> static __device__ __forceinline__ void r
 // Blocks per processor that registers are kept few enough for
 constexpr int pool_blocks(int n_threads) { return n_threads > POOL_THREADS ? 1 : n_threads == POOL_THREADS ? 2 : 4; }
 
-// grid: (parts of pool_shape::CELLS cells, rows of scores, then as many as it takes for one block per row of out)
+// grid: (parts of pool_shape::CELLS cells, lists, tokens of all streams and as many as it takes for one block per row of out)
 template <int N_THREADS, int N_WORD, int QUADS, int SIDES, typename PART>
-static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool_kernel(const __grid_constant__ hylra_cuda_job job, float * out, const int32_t * forced, int n_forced,
-                                                                                float * scores) {
+static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool_kernel(const __grid_constant__ hylra_cuda_job job, const pool_list list, float * out, const int32_t * forced,
+                                                                                int n_forced, float * scores) {
     __shared__ __align__(16) float shared[(SIDES > 1 ? 4 : REDUCE_DIMS<PART>)*N_THREADS]; // add_sides takes four of each thread
-    const int n_pooled = job.select_lists*job.attn.n_tokens*job.attn.n_stream;
-    if (int(blockIdx.y) >= n_pooled) {
+    const int n_pooled = job.attn.n_tokens*job.attn.n_stream;
+    if (int(blockIdx.z) >= n_pooled) {
         return reduce_beside<N_THREADS, PART>(job, n_pooled, out, shared);
     }
     using shape = pool_shape<N_THREADS, QUADS, SIDES>;
@@ -225,20 +266,25 @@ static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool
         marks[i] = 0;
     }
     const hylra_attn & a = job.attn;
-    const int column = blockIdx.y/job.select_lists; // token of the batch
-    const pool_row row = { column/a.n_tokens, column%a.n_tokens, int(blockIdx.y)%job.select_lists };
+    const int column = blockIdx.z; // token of the batch
+    pool_row row = { 0, column, int(blockIdx.y) };
+#pragma unroll 1 // instead of a division
+    for (; row.token >= a.n_tokens; row.token -= a.n_tokens) {
+        ++row.stream;
+    }
+    const size_t of_scores = size_t(column)*gridDim.y + blockIdx.y;
     const int first_quad = blockIdx.x*(CELLS/4) + shape::lane(), n_quad = a.n_kv/4, begin = blockIdx.x*CELLS;
     const uint2 * mask = (const uint2 *) ((const char *) a.mask + row.token*a.mask_nb[1] + row.stream*a.mask_nb[3]);
     uint2 masked[QUADS];
     hylra_await();
-    hylra_release();
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) {
         masked[i] = a.mask ? mask[min(first_quad + i*shape::LANES, n_quad - 1)] : make_uint2(0, 0);
     }
     int mark = threadIdx.x < n_forced ? forced[size_t(column)*n_forced + threadIdx.x] : -1; // both on their way early
     float sums[QUADS][4] = {};
-    pool_cells<N_THREADS, N_WORD, QUADS, SIDES>(job, row, first_quad, sums, shared);
+    pool_cells<N_THREADS, N_WORD, QUADS, SIDES>(job, row, list, first_quad, sums, shared);
+    hylra_release(); // later than elsewhere: the kernel that chooses would take processors that blocks of this one could have
 #pragma unroll 1
     for (int i = threadIdx.x; i < n_forced; i += N_THREADS) {
         const int at = mark - begin;
@@ -253,28 +299,22 @@ static __global__ void __launch_bounds__(N_THREADS, pool_blocks(N_THREADS)) pool
         const int quad = first_quad + i*shape::LANES, in_block = i*shape::LANES + shape::lane();
         if (quad < n_quad && shape::side() == 0) {
             const float4 score = finished(sums[i], masked[i], marks[in_block/8] >> in_block%8*4);
-            ((float4 *) (scores + size_t(blockIdx.y)*a.n_kv))[quad] = score;
+            ((float4 *) (scores + of_scores*a.n_kv))[quad] = score;
             count_digits(score, bins);
         }
     }
     __syncthreads();
-    int32_t * totals = (int32_t *) (job.scratch + job.layout.bins) + size_t(blockIdx.y)*HYLRA_CUDA_BINS;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < HYLRA_CUDA_BINS; i += N_THREADS) {
-        if (bins[i]) {
-            atomicAdd(&totals[i], bins[i]);
-        }
-    }
+    add_to_row<N_THREADS>(bins, (int32_t *) (job.scratch + job.layout.bins) + of_scores*HYLRA_CUDA_BINS);
 }
 
 template <int N_THREADS, int QUADS, int SIDES, int N_WORD>
 static void enqueue_pool(const hylra_cuda_job & job, float * out, const int32_t * forced, int n_forced, float * scores, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
-    const int n_part = hylra_ceil_div(a.n_kv, pool_shape<N_THREADS, QUADS, SIDES>::CELLS), n_reduced = job.plan.scores_only ? 0 : hylra_ceil_div(rows_of(a), n_part);
-    const dim3 grid(n_part, job.select_lists*a.n_tokens*a.n_stream + n_reduced);
+    const int n_part = hylra_ceil_div(a.n_kv, pool_shape<N_THREADS, QUADS, SIDES>::CELLS), n_reduced = job.plan.scores_only ? 0 : hylra_ceil_div(rows_of(a), n_part*job.select_lists);
+    const dim3 grid(n_part, job.select_lists, a.n_tokens*a.n_stream + n_reduced);
     with_part(job, [&](auto part) {
         if constexpr (N_WORD == 4 || !std::is_same<decltype(part), uint2>::value) { // MLA's columns fill words
-            hylra_enqueue<pool_kernel<N_THREADS, N_WORD, QUADS, SIDES, decltype(part)>>(grid, N_THREADS, 0, stream, job, out, forced, n_forced, scores);
+            hylra_enqueue<pool_kernel<N_THREADS, N_WORD, QUADS, SIDES, decltype(part)>>(grid, N_THREADS, 0, stream, job, pool_list_of(job), out, forced, n_forced, scores);
         }
     });
 }
@@ -283,7 +323,7 @@ template <int N_WORD>
 static void enqueue_pool(const hylra_cuda_job & job, float * out, const int32_t * forced, int n_forced, float * scores, cudaStream_t stream) {
     const hylra_attn & a = job.attn;
     const int n_block = hylra_ceil_div(a.n_kv, 4*POOL_THREADS)*job.select_lists*a.n_tokens*a.n_stream;
-    const int n_group = hylra_ceil_div(a.n_head/a.n_head_kv, 8)*(a.n_head_kv/job.select_lists); // MLA: 16, which few blocks take side by side
+    const int n_group = hylra_ceil_div(job.plan.group, 8)*(a.n_head_kv/job.select_lists); // MLA: 16, which few blocks take side by side
     if (n_block >= POOL_MANY_BLOCKS) {
         enqueue_pool<POOL_THREADS, 2, 1, N_WORD>(job, out, forced, n_forced, scores, stream);
     } else if (n_block >= POOL_MIN_BLOCKS) {

@@ -193,8 +193,8 @@ static void run(const problem & p, double (&errors)[5]) {
         const hylra_cuda_job job = p.job(false, scores_only, scratch);
         scores.assign(expected_scores.size(), NAN);
         attend(job, p.kernel);
-        const int n_part = hylra_ceil_div(p.n_kv, 512), n_reduced = scores_only ? 0 : hylra_ceil_div(p.rows(), n_part);
-        launch({ POOL, {}, 2, job, out.data(), p.forced.data(), scores.data() }, n_part, p.lists*p.tokens*p.streams + n_reduced, 1, 1);
+        const int n_part = hylra_ceil_div(p.n_kv, 512), n_reduced = scores_only ? 0 : hylra_ceil_div(p.rows(), n_part*p.lists);
+        launch({ POOL, {}, 2, job, out.data(), p.forced.data(), scores.data() }, n_part, p.lists, p.tokens*p.streams + n_reduced, 1);
         errors[1 + scores_only] = error(scores, expected_scores);
     }
     errors[0] = error(out, expected);

@@ -26,7 +26,7 @@ template <int COLUMNS, int CELLS> static void run_mla(const work & w, int stages
 }
 
 template <int N_WORD> static void run_pool(const work & w) {
-    with_part(w.job, [&](auto part) { pool_kernel<POOL_FEW_THREADS, N_WORD, 1, 1, decltype(part)>(w.job, w.out, w.forced, w.n_forced, w.scores); });
+    with_part(w.job, [&](auto part) { pool_kernel<POOL_FEW_THREADS, N_WORD, 1, 1, decltype(part)>(w.job, pool_list_of(w.job), w.out, w.forced, w.n_forced, w.scores); });
 }
 
 extern "C" {
