@@ -32,23 +32,35 @@ static __device__ __forceinline__ void send_candidates(const row_part & part, ex
 // This thread's cells from `first` on, at most 32: a bit for each above the bound and for each at it, and the mass of the former
 struct ordered { uint32_t above, at; float mass; };
 
+// A word of a thread is known, whose first bit is cell `first`.
+template <int CLUSTER>
+static __device__ __forceinline__ void end_word(const row_part & part, exchange<CLUSTER> & mine, narrowing & state, int first, ordered & sum, uint32_t *& chosen) {
+    *chosen++ = sum.above;
+    send_candidates(part, mine, state, first, sum.at);
+    sum.above = sum.at = 0;
+}
+
 // Scores alone decide, by their bits; those of a hidden cell are negative. A score in [low, high) is at the bound.
 struct score_order {
     int low, high;
 
-    // The first quads of a thread, shift: of 32 cells, where they begin. Bits come from signs, the first cell's last.
-    __device__ __forceinline__ void add(const quads & now, int shift, ordered & sum) const {
-        uint32_t not_above = 0, below = 0;
+    // The first quads of a thread, which has n_cell cells from there on; shift: of 32 cells, where they begin. Bits come from signs, the first cell's last.
+    __device__ __forceinline__ void add(const quads & now, int n_cell, int shift, ordered & sum) const {
 #pragma unroll
-        for (int i = 0; i < 4*now.N; ++i) {
-            const float score = i%4 == 0 ? now.of[i/4].x : i%4 == 1 ? now.of[i/4].y : i%4 == 2 ? now.of[i/4].z : now.of[i/4].w;
-            const int bits = max(__float_as_int(score), -1); // so that nothing overflows
-            not_above = __funnelshift_l(uint32_t(bits - high), not_above, 1);
-            below     = __funnelshift_l(uint32_t(bits - low), below, 1);
-            sum.mass += bits >= high ? mass_of(score) : 0.0f;
+        for (int i = 0; i < now.N; ++i) {
+            if (4*i < n_cell) {
+                uint32_t not_above = 0, below = 0;
+#pragma unroll
+                for (float score : { now.of[i].x, now.of[i].y, now.of[i].z, now.of[i].w }) {
+                    const int bits = max(__float_as_int(score), -1); // so that nothing overflows
+                    not_above = __funnelshift_l(uint32_t(bits - high), not_above, 1);
+                    below     = __funnelshift_l(uint32_t(bits - low), below, 1);
+                    sum.mass += bits >= high ? mass_of(score) : 0.0f;
+                }
+                sum.above |= __brev(~not_above << 28) << (shift + 4*i);
+                sum.at    |= __brev((not_above & ~below) << 28) << (shift + 4*i);
+            }
         }
-        sum.above |= __brev(~not_above << 16) << shift;
-        sum.at    |= __brev((not_above & ~below) << 16) << shift;
     }
 };
 
@@ -60,18 +72,16 @@ template <int CLUSTER> static __device__ __forceinline__ float choose_by_score(c
         hylra_radix_interval(state.bound, &order.low, &order.high);
     }
     order.low = state.room > 0 ? order.low : order.high; // else nothing is at the bound
-    const int begin = part.first(threadIdx.x), end = min(begin + part.per_thread, part.end);
-    uint32_t * chosen = part.chosen + threadIdx.x*words_of(part.per_thread);
+    const int begin = part.first(threadIdx.x), end = part.end_of(threadIdx.x);
+    uint32_t * chosen = part.words(threadIdx.x);
     ordered sum = {};
 #pragma unroll 1
     for (int first = begin; first < end; first += 16) {
         const int shift = (first - begin)%32; // 0 or 16
-        order.add(now, shift, sum);
+        order.add(now, end - first, shift, sum);
         now.load(part, first + 16, end);
         if (shift != 0 || first + 16 >= end) { // a word is full, or the last
-            *chosen++ = sum.above;
-            send_candidates(part, mine, state, first - shift, sum.at);
-            sum.above = sum.at = 0;
+            end_word(part, mine, state, first - shift, sum, chosen);
         }
     }
     return sum.mass;
@@ -79,8 +89,8 @@ template <int CLUSTER> static __device__ __forceinline__ float choose_by_score(c
 
 // The same where many scores are equal and indices decide
 template <int CLUSTER> static __noinline__ __device__ float choose_by_key(const row_part & part, exchange<CLUSTER> & mine, narrowing & state) {
-    const int begin = part.first(threadIdx.x), end = min(begin + part.per_thread, part.end);
-    uint32_t * chosen = part.chosen + threadIdx.x*words_of(part.per_thread);
+    const int begin = part.first(threadIdx.x), end = part.end_of(threadIdx.x);
+    uint32_t * chosen = part.words(threadIdx.x);
     ordered sum = {};
 #pragma unroll 1
     for (int cell = begin; cell < end; ++cell) {
@@ -90,9 +100,7 @@ template <int CLUSTER> static __noinline__ __device__ float choose_by_key(const 
         sum.at    |= order == 0 && state.room > 0 ? 1u << bit : 0u;
         sum.mass  += order > 0 ? mass_of(score) : 0.0f;
         if (bit == 31 || cell + 1 == end) {
-            *chosen++ = sum.above;
-            send_candidates(part, mine, state, cell - bit, sum.at);
-            sum.above = sum.at = 0;
+            end_word(part, mine, state, cell - bit, sum, chosen);
         }
     }
     return sum.mass;
@@ -135,12 +143,13 @@ template <int CLUSTER> struct rivals {
 template <int CLUSTER> static __device__ float choose_candidates(const row_part & part, const exchange<CLUSTER> & mine, const narrowing & state) {
     float mass = 0.0f;
     const rivals<CLUSTER> others(mine);
+    const float per_cell = 1.0f/float(part.per_thread); // exact enough for a block's cells, and a division less to wait for
 #pragma unroll 1
     for (int own = threadIdx.x/32; own < state.n_candidate; own += THREADS/32) {
         const uint64_t key = mine.candidates[blockIdx.x][own];
         if (others.count_greater(mine, key) < state.room && threadIdx.x%32 == 0) {
-            const int i = int(0xFFFFFFFFu - uint32_t(key)) - part.begin, thread = i/part.per_thread, in_thread = i - thread*part.per_thread;
-            atomicOr(&part.chosen[thread*words_of(part.per_thread) + in_thread/32], 1u << in_thread%32);
+            const int i = int(0xFFFFFFFFu - uint32_t(key)) - part.begin, thread = int((float(i) + 0.5f)*per_cell), in_thread = i - thread*part.per_thread;
+            atomicOr(&part.words(thread)[in_thread/32], 1u << in_thread%32);
             mass += mass_of(__uint_as_float(uint32_t(key >> 32)));
         }
     }
@@ -158,10 +167,10 @@ static __device__ __forceinline__ void add_mass(float mass, narrowing & state) {
 
 // How many cells the threads before this one chose; *total: the block
 static __device__ int chosen_before(const row_part & part, int * sums, int * total) {
-    const uint32_t * chosen = part.chosen + threadIdx.x*words_of(part.per_thread);
+    const uint32_t * chosen = part.words(threadIdx.x);
     int n = 0;
 #pragma unroll 1
-    for (int cell = part.first(threadIdx.x), end = min(cell + part.per_thread, part.end); cell < end; cell += 32) {
+    for (int cell = part.first(threadIdx.x), end = part.end_of(threadIdx.x); cell < end; cell += 32) {
         n += __popc(*chosen++);
     }
     return hylra_block_prefix<THREADS>(n, sums, total);
@@ -174,9 +183,9 @@ template <int CLUSTER> static __device__ void write_list(const row_part & part, 
         at    += rank < int(blockIdx.x) ? mine.tallies[rank].n_chosen : 0;
         total += mine.tallies[rank].n_chosen;
     }
-    const uint32_t * chosen = part.chosen + threadIdx.x*words_of(part.per_thread);
+    const uint32_t * chosen = part.words(threadIdx.x);
 #pragma unroll 1
-    for (int cell = part.first(threadIdx.x), end = min(cell + part.per_thread, part.end); cell < end; cell += 32) {
+    for (int cell = part.first(threadIdx.x), end = part.end_of(threadIdx.x); cell < end; cell += 32) {
 #pragma unroll 1
         for (uint32_t rest = *chosen++; rest; rest &= rest - 1) {
             out[at++] = cell + __ffs(rest) - 1;
@@ -213,7 +222,6 @@ static __global__ void __launch_bounds__(THREADS, 2) choose_in_cluster_kernel(co
     cg::this_cluster().barrier_arrive(); // waited for before another block's memory is used: by then all have begun
     const int row = blockIdx.y;
     const row_part part = part_of(scores + size_t(row)*n_kv, n_kv, thread_cells(n_kv, CLUSTER*THREADS), chosen);
-    const int first = part.first(threadIdx.x);
     if (threadIdx.x == 0) {
         state = {};
         state.room = top_k;
@@ -222,7 +230,7 @@ static __global__ void __launch_bounds__(THREADS, 2) choose_in_cluster_kernel(co
     hylra_await();
     hylra_release();
     quads first_quads;
-    first_quads.load(part, first, min(first + part.per_thread, part.end)); // under way while the bound is found
+    first_quads.load(part, part.first(threadIdx.x), part.end_of(threadIdx.x)); // under way while the bound is found
     cg::this_cluster().barrier_wait();
     narrow_down(part, first_bins + size_t(row)*HYLRA_CUDA_BINS, mine, state, sums);
     const bool scores_decide = state.all || state.bound.n_level <= HYLRA_RADIX_SCORE_LEVELS;
@@ -248,7 +256,7 @@ static __global__ void __launch_bounds__(THREADS, 2) choose_in_cluster_kernel(co
 
 // ---- launch
 
-// Four blocks per row where a row is short (a select layer of QwQ-32B at 8192 cells takes 21.1 us, with eight 22.8) or rows are many (32 of 61440: 280.0 and 281.6).
+// Four blocks per row where a row is short (a select layer of QwQ-32B at 8192 cells took 21.1 us, with eight 22.8) or rows are many (32 of 61440: 280.0 and 281.6).
 constexpr int SHORT_ROW = 32768, MANY_ROWS = 30;
 
 template <int CLUSTER> static size_t bits_bytes(int n_kv) { return THREADS*words_of(thread_cells(n_kv, CLUSTER*THREADS))*sizeof(uint32_t); }

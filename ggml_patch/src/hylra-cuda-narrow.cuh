@@ -28,6 +28,8 @@ struct row_part {
     int begin, end, per_thread;
 
     __device__ __forceinline__ int first(int thread) const { return begin + thread*per_thread; }
+    __device__ __forceinline__ int end_of(int thread) const { return min(first(thread) + per_thread, end); }
+    __device__ __forceinline__ uint32_t * words(int thread) const { return chosen + thread*words_of(per_thread); }
 };
 
 constexpr float MASS_ONE = float(1 << 30); // mass in whole numbers, which add up to the same in any order: scores are shares of a row's attention, whose sum is 1
