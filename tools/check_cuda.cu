@@ -1,5 +1,7 @@
 // CUDA kernels against the scalar twins, over a matrix of types, shapes, masks and lists; random inputs, poisoned outputs.
-// One line per case; exit code 1 if one is off. `check-cuda small` is the part that compute-sanitizer has time for.
+// One line per case; exit code 1 if one is off.
+//
+//   check-cuda [all|small] [SEED|random] [TYPE]      small: the part that compute-sanitizer has time for; TYPE: cases of that KV type alone, e.g. f16
 #include "cuda_tools.cuh"
 
 #include "hylra-attn.h"
@@ -297,10 +299,14 @@ bool report(const problem & p, const verdict & v) {
 
 int main(int argc, char ** argv) {
     const bool small = argc > 1 && std::string(argv[1]) == "small";
-    std::mt19937 rng(argc > 2 ? std::stoul(argv[2]) : std::random_device{}());
+    const std::string seed = argc > 2 ? argv[2] : "random", type = argc > 3 ? argv[3] : "";
+    std::mt19937 rng(seed == "random" ? std::random_device{}() : std::stoul(seed));
     int n = 0, n_bad = 0;
     for (const shape & s : shapes()) {
         if (small && size_t(s.n_kv)*s.group*s.heads_kv*s.tokens*s.streams > 60000) {
+            continue;
+        }
+        if (!type.empty() && type != ggml_type_name(s.type)) {
             continue;
         }
         const problem p(s, rng);
@@ -316,5 +322,5 @@ int main(int argc, char ** argv) {
         n += 1;
     }
     printf("%d of %d cases ok\n", n - n_bad, n);
-    return n_bad > 0;
+    return n_bad > 0 || n == 0; // no case: no such type
 }

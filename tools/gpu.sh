@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA card: builds the engine, runs the GPU tests, measures kernels and decode speed; the command behind docs/cuda.md.
 #
-#   tools/gpu.sh [build] [test] [kernels] [models] [bench] [steps]      all steps if none is named
+#   tools/gpu.sh [build] [test] [older] [kernels] [models] [bench] [steps]      all steps if none is named
 #
 # Results go to $HYLRA_GPU_OUT (default docs/cuda), models of random weights (45 GB) to $HYLRA_GPU_WORK (default /tmp/hylra-gpu). `bench` with four
 # sequences of 131072 tokens needs a card of 96 GB. HYLRA_CUDA_ARCHITECTURES: for which cards (default native); HYLRA_LLAMA_CPP_SOURCE: see CMakeLists.txt.
@@ -31,6 +31,15 @@ run_tests() { # the sanitizer takes a part of the matrix: it is slow
         tail -n 1 "$WORK/$tool.txt" | tee "$OUT/$tool.txt"
     done
     $PYTHON -m pytest -rA -q tests/test_cuda.py | tee "$OUT/test_cuda.txt" | grep -E "CUDA graphs:|KL divergence|passed|failed"
+}
+
+older() { # what cards before Hopper run, on this one: kernels as PTX for sm_75 and sm_80, which the driver compiles
+    for arch in 75 80; do
+        cmake -B "$BUILD-$arch" -G Ninja -DGGML_CUDA=ON -DHYLRA_BUILD_TOOLS=ON -DCMAKE_CUDA_ARCHITECTURES="$arch-virtual" \
+            ${HYLRA_LLAMA_CPP_SOURCE:+-DHYLRA_LLAMA_CPP_SOURCE="$HYLRA_LLAMA_CPP_SOURCE"}
+        ninja -C "$BUILD-$arch" check-cuda
+        "$BUILD-$arch/check-cuda" all > "$OUT/check-$arch.txt" || { grep -v '^ok' "$OUT/check-$arch.txt"; exit 1; }
+    done
 }
 
 kernels() { # name, flags: one layer of a model's shape
@@ -94,16 +103,17 @@ steps() { # sequences, depth: where the time of a step goes
 }
 
 STEPS=("$@")
-[ ${#STEPS[@]} -gt 0 ] || STEPS=(build test kernels models bench steps)
+[ ${#STEPS[@]} -gt 0 ] || STEPS=(build test older kernels models bench steps)
 for step in "${STEPS[@]}"; do
     case $step in
         build) build ;;
         test) run_tests ;;
+        older) older ;;
         kernels) run_kernels ;;
         models) make_models ;;
         bench) run_bench ;;
         steps) steps 8 65536; steps 4 131072 ;;
-        *) echo "tools/gpu.sh: $step: expected build, test, kernels, models, bench or steps" >&2; exit 2 ;;
+        *) echo "tools/gpu.sh: $step: expected build, test, older, kernels, models, bench or steps" >&2; exit 2 ;;
     esac
     echo "$step done after $SECONDS s" >&2
 done
