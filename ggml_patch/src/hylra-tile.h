@@ -4,6 +4,7 @@
 #pragma once
 
 #include "hylra-attn.h"
+#include "hylra-blocks.h"
 #include "hylra-rows.h"
 #if defined(__AVX512VNNI__)
 #    include "hylra-vnni-sum.h"
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 #include <new>
+#include <type_traits>
 
 namespace {
 
@@ -89,6 +91,9 @@ void find_rows(const block & b, size_t row_bytes, size_t * offset) {
     }
 }
 
+// Q8_0 where a block's vectors and their sums do not fit the registers (hylra-blocks.h)
+template<class READER> constexpr bool BY_BLOCKS = LANES < 16 && std::is_same<READER, reader_q8_0>::value;
+
 // s[h][cell] = q[h] . k[cell] for HEADS query heads. CELLS cells at a time: their sums stay in registers, then are folded so
 // that LANES cells share one horizontal reduction.
 template<class READER, int HEADS>
@@ -103,7 +108,10 @@ void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*
                 k.fetch_next(cell + p*CELLS + c);
             }
             vf acc[HEADS][CELLS] = {};
-            for (int i = 0; i < n_step; i += READER::STEPS) {
+            if constexpr (BY_BLOCKS<READER>) {
+                dot_blocks<HEADS, CELLS>(q, row, n_step, acc);
+            }
+            for (int i = 0; i < n_step && !BY_BLOCKS<READER>; i += READER::STEPS) {
                 vf kv[CELLS][READER::STEPS];
                 for (int c = 0; c < CELLS; ++c) {
                     READER::read(row[c], i, kv[c]);
@@ -191,8 +199,28 @@ void accumulate_strips(const float (*p)[TILE], const tile_rows & v, int n_cells,
     }
 }
 
+// the same for BY_BLOCKS: weights are multiplied with a block's scales first
+template<int HEADS>
+void accumulate_blocks(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc) {
+    constexpr int STEPS = 2;
+    alignas(64) float w[HEADS][TILE];
+    steady_fetch fetch(v, n_step/STEPS);
+    const auto row = [&](int cell) { return v.at(cell); };
+    for (int step = 0; step < n_step; step += STEPS) {
+        const int byte = step*LANES/Q8_0_VALUES*Q8_0_BYTES;
+        if (step*LANES % Q8_0_VALUES == 0) {
+            scale_weights<HEADS>(p, row, byte, w);
+        }
+        fetch();
+        accumulate_values<HEADS, STEPS>(w, row, n_cells, byte, step, acc);
+    }
+}
+
 template<class READER, int HEADS>
 void accumulate_tile(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, float * const * acc) {
+    if constexpr (BY_BLOCKS<READER>) {
+        return accumulate_blocks<HEADS>(p, v, n_cells, n_step, acc);
+    }
     constexpr int FIT  = LANES >= 16 && HEADS <= 3 ? 8 : LANES >= 16 || HEADS <= 2 ? 4 : 2; // vectors of sums that fit the registers
     constexpr int LONG = FIT > READER::STEPS ? FIT : READER::STEPS;
     accumulate_strips<READER, HEADS, LONG>(p, v, n_cells, n_step, 0, acc);
