@@ -1,6 +1,6 @@
 // Products with Q8_0 rows where few vectors fit the registers (AVX2, base): each scale is used once per block, K's for its values and V's for its weights, so
-// that one or two vectors of values are in registers at a time. On an Intel Xeon a layer takes 5 to 20 % less time with AVX2 from a hot cache, 3 to 11 % from a cold one; without AVX2 8 % less.
-// Included by hylra-tile.h for its dot_tile and accumulate_tile.
+// that one or two vectors of values are in registers at a time. Included by hylra-tile.h for its dot_tile and accumulate_tile. On an Intel Xeon a layer takes
+// 5 to 20 % less time with AVX2 from a hot cache, 3 to 11 % from a cold one; without AVX2 8 % less.
 #pragma once
 
 #include "hylra-rows.h"
