@@ -9,6 +9,7 @@ tools/hardware_check.py says how bench-kernels is built. Refuses what bench-kern
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -37,8 +38,8 @@ def table(result: dict) -> str:
 
 def measure(args: argparse.Namespace) -> dict:
     rows = []
-    for kind in args.type.split(","):
-        command = [args.source, "--n-kv", args.n_kv, "--type", kind, "--threads", args.threads, "--repetitions", args.repetitions]
+    for kind, threads in itertools.product(args.type.split(","), args.threads.split(",")):
+        command = [args.source, "--n-kv", args.n_kv, "--type", kind, "--threads", threads, "--repetitions", args.repetitions]
         print(shlex.join(command), file=sys.stderr)
         rows += rows_of(command)
     command = ["kernel_rows.py", Path(args.source).name, *(word for word in sys.argv[1:] if word != args.source)] # where it lies is the machine's affair
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("source", metavar="BENCH_KERNELS|JSON", help="the program to run, or rows to print as a table")
     parser.add_argument("--n-kv", default="8192,32768,131072", metavar="LIST", help="cells (default 8192,32768,131072)")
     parser.add_argument("--type", default="f16,q8_0", metavar="LIST", help="of the KV cache (default f16,q8_0)")
-    parser.add_argument("-t", "--threads", default="2", metavar="N", help="default 2")
+    parser.add_argument("-t", "--threads", default="2", metavar="LIST", help="default 2")
     parser.add_argument("-r", "--repetitions", default="15", metavar="N", help="default 15")
     args = parser.parse_args()
     return table_or_rows(args.source, table, lambda: measure(args))
