@@ -35,6 +35,7 @@ struct hylra_job {
 
     int32_t chunk_cells;
     int32_t n_chunk;
+    int32_t n_part; // tasks that share the KV heads of a chunk
 
     bool scores_only; // V stays unread, partials hold the softmax state alone
 
@@ -74,9 +75,17 @@ inline float * hylra_peaks(const hylra_job & job, int stream, int token, int hea
     return job.peaks + hylra_row(job.attn, stream, token, head) * hylra_n_tile(job.attn.n_kv);
 }
 
-// A chunk belongs to one stream and, when cells are listed, to one token (each token has its own list).
+// A task attends to a chunk with some of the KV heads. It belongs to one stream and, when cells are listed, to one token (each token has its own list).
+struct hylra_task { int chunk, stream, token, head_kv_begin, head_kv_end; };
+
 inline int hylra_n_task(const hylra_job & job) {
-    return job.n_chunk * job.attn.n_stream * (job.cells ? job.attn.n_tokens : 1);
+    return job.n_part * job.n_chunk * job.attn.n_stream * (job.cells ? job.attn.n_tokens : 1);
+}
+
+inline hylra_task hylra_task_of(const hylra_job & job, int task) {
+    const int part = task % job.n_part, chunk = task/job.n_part % job.n_chunk, column = task/job.n_part/job.n_chunk;
+    const int n_tokens = job.cells ? job.attn.n_tokens : 1, n_head_kv = job.attn.n_head_kv;
+    return { chunk, column/n_tokens, column%n_tokens, n_head_kv*part/job.n_part, n_head_kv*(part + 1)/job.n_part };
 }
 
 // ALiBi slope of a head; see ggml_compute_forward_flash_attn_ext_f16_one_chunk in ggml-cpu/ops.cpp.

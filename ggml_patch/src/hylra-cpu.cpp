@@ -20,6 +20,13 @@ static int chunk_cells(int n) {
 
 static int chunk_count(int n) { return (n + chunk_cells(n) - 1)/chunk_cells(n); }
 
+constexpr int LISTED_TASKS = 16; // threads that a list of few cells, and so of few chunks, should keep busy; more tasks each start with a cold row
+
+static int part_count(const hylra_job & job) {
+    const int n_task = job.n_chunk*job.attn.n_stream*job.attn.n_tokens;
+    return job.cells ? std::min(job.attn.n_head_kv, (LISTED_TASKS + n_task - 1)/n_task) : 1;
+}
+
 float hylra_slope(const hylra_attn & attn, int head) {
     if (attn.max_bias <= 0.0f) {
         return 1.0f;
@@ -147,6 +154,7 @@ hylra_job hylra_job_of(const hylra_attn & attn, const int32_t * head_list) {
     const int n = job.cells ? attn.n_cells : attn.n_kv;
     job.chunk_cells = chunk_cells(n);
     job.n_chunk     = chunk_count(n);
+    job.n_part      = part_count(job);
     return job;
 }
 

@@ -73,24 +73,26 @@ void scale_row(float * row, int n, float factor) {
     }
 }
 
-// What one task works on: a chunk of one stream.
+// What one task works on: a chunk of one stream, and KV heads from head_begin to head_end.
 struct worker {
     const hylra_job & job;
     const hylra_attn & a;
     const int chunk;
     const int stream;
+    const int head_begin;
+    const int head_end;
     const int n_k;   // padded head sizes
     const int n_v;
     const int group; // query heads per KV head
     const int n_tile;
 
     alignas(64) float q_room[MAX_HEADS*HYLRA_MAX_EMBD];
-    const float * packed = nullptr; // [n_k, n_head, n_tokens] queries of the task, if the type of K has its own form of them
+    const float * packed = nullptr; // [n_k, n_head, n_tokens] queries, of which the task's are there, if the type of K has its own form of them
     cache_side k, v;
 
     // room: [2*TILE*HYLRA_MAX_EMBD], touched only by types and head sizes without kernels of their own
-    worker(const hylra_job & job, int chunk, int stream, float * room) : job(job), a(job.attn), chunk(chunk), stream(stream),
-        n_k(hylra_padded(a.n_embd_k)), n_v(hylra_padded(a.n_embd_v)), group(a.n_head/a.n_head_kv), n_tile(hylra_n_tile(a.n_kv)),
+    worker(const hylra_job & job, const hylra_task & at, float * room) : job(job), a(job.attn), chunk(at.chunk), stream(at.stream),
+        head_begin(at.head_kv_begin), head_end(at.head_kv_end), n_k(hylra_padded(a.n_embd_k)), n_v(hylra_padded(a.n_embd_v)), group(a.n_head/a.n_head_kv), n_tile(hylra_n_tile(a.n_kv)),
         k(a.k, a.k_nb, stream, a.type_k, a.n_embd_k, job.k_to_float, room),
         v(a.v, a.v_nb, stream, a.type_v, a.n_embd_v, job.v_to_float, room + TILE*HYLRA_MAX_EMBD) {}
 
@@ -105,8 +107,10 @@ struct worker {
         }
         static thread_local thread_room kept;
         float * room = kept.of(size_t(n_k)*a.n_head*a.n_tokens);
-        for (int row = begin*a.n_head; row < end*a.n_head; ++row) {
-            k.kernels->pack(source_query(row/a.n_head, row%a.n_head), n_k, room + size_t(row)*n_k);
+        for (int token = begin; token < end; ++token) {
+            for (int head = head_begin*group; head < head_end*group; ++head) {
+                k.kernels->pack(source_query(token, head), n_k, room + (size_t(token)*a.n_head + head)*n_k);
+            }
         }
         packed = room;
     }
@@ -197,7 +201,7 @@ struct worker {
     }
 
     void clear_partials(int token) {
-        for (int head = 0; head < a.n_head; ++head) {
+        for (int head = head_begin*group; head < head_end*group; ++head) {
             float * p = hylra_partial(job, chunk, stream, token, head);
             memset(p, 0, sizeof(float)*hylra_partial_floats(a.n_embd_v));
             p[n_v] = -INFINITY;
@@ -219,13 +223,13 @@ struct worker {
             if (!side->direct || (side == &v && job.scores_only)) {
                 continue; // copied rows are read when they are needed
             }
-            for (int head_kv = 0; head_kv < (job.cells && job.attn.lists > 1 ? 1 : a.n_head_kv); ++head_kv) {
+            for (int head_kv = head_begin; head_kv < (job.cells && job.attn.lists > 1 ? head_begin + 1 : head_end); ++head_kv) {
                 side->rows(first, 0, head_kv).fetch_next_all();
             }
         }
     }
 
-    // one tile, all KV heads, for those tokens from begin to end that see any of its cells; next: the tile after it
+    // one tile, the KV heads of the task, for those tokens from begin to end that see any of its cells; next: the tile after it
     void attend_block(const block & b, const block & next, int begin, int end) {
         alignas(64) float bias[HYLRA_MAX_TOKENS][TILE];
         int tokens[HYLRA_MAX_TOKENS];
@@ -241,9 +245,9 @@ struct worker {
         if (!job.scores_only) {
             v.advance(next);
         }
-        for (int head_kv = 0; n > 0 && head_kv < a.n_head_kv; ++head_kv) {
+        for (int head_kv = head_begin; n > 0 && head_kv < head_end; ++head_kv) {
             const tile_rows k_rows = k.rows(b, head_kv, head_kv), v_rows = job.scores_only ? tile_rows{} : v.rows(b, head_kv, head_kv);
-            if (b.list && head_kv == 0) {
+            if (b.list && head_kv == head_begin) {
                 k_rows.translate_next_all();
                 v_rows.translate_next_all();
             }
@@ -284,14 +288,14 @@ struct worker {
         const int end   = std::min(begin + job.chunk_cells, int(job.attn.n_cells));
         clear_partials(token);
         pack_queries(token, token + 1);
-        start(list_block(token, 0, begin, end));
+        start(list_block(token, head_begin, begin, end));
         if (job.attn.lists == 1) {
             for (int i = begin; i < end; i += TILE) {
                 attend_block(list_block(token, 0, i, end), list_block(token, 0, i + TILE, a.n_cells), token, token + 1);
             }
             return;
         }
-        for (int head_kv = 0; head_kv < a.n_head_kv; ++head_kv) {
+        for (int head_kv = head_begin; head_kv < head_end; ++head_kv) {
             for (int i = begin; i < end; i += TILE) {
                 // after the last tile comes the next head, after the last head the next chunk
                 const bool last = i + TILE >= end, done = last && head_kv + 1 == a.n_head_kv;
@@ -317,12 +321,12 @@ struct worker {
 
 void attend(const hylra_job & job, int task) {
     alignas(64) float room[2*TILE*HYLRA_MAX_EMBD];
-    const int chunk = task % job.n_chunk;
-    const int rest  = task / job.n_chunk;
+    const hylra_task at = hylra_task_of(job, task);
+    worker work(job, at, room);
     if (job.cells) {
-        worker(job, chunk, rest/job.attn.n_tokens, room).attend_list(rest%job.attn.n_tokens);
+        work.attend_list(at.token);
     } else {
-        worker(job, chunk, rest, room).attend_all();
+        work.attend_all();
     }
 }
 

@@ -101,13 +101,12 @@ static std::vector<int32_t> chunk_cells(const hylra_job & job, int chunk, int st
 
 static void attend_ref(const hylra_job & job, int task) {
     const hylra_attn & a = job.attn;
-    const int chunk  = task % job.n_chunk;
-    const int stream = job.cells ? task/job.n_chunk/a.n_tokens : task/job.n_chunk;
-    const int t0     = job.cells ? task/job.n_chunk%a.n_tokens : 0;
-    const int t1     = job.cells ? t0 + 1 : a.n_tokens;
-    for (int token = t0; token < t1; ++token) {
-        for (int head = 0; head < a.n_head; ++head) {
-            attend_head(job, chunk, stream, token, head, chunk_cells(job, chunk, stream, token, head/(a.n_head/a.n_head_kv)));
+    const int group = a.n_head/a.n_head_kv;
+    const hylra_task at = hylra_task_of(job, task);
+    const int t1 = job.cells ? at.token + 1 : a.n_tokens;
+    for (int token = at.token; token < t1; ++token) {
+        for (int head = at.head_kv_begin*group; head < at.head_kv_end*group; ++head) {
+            attend_head(job, at.chunk, at.stream, token, head, chunk_cells(job, at.chunk, at.stream, token, head/group));
         }
     }
 }
