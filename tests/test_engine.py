@@ -285,13 +285,14 @@ def test_a_step_has_up_to_eight_tokens_per_sequence_that_is_in_it(tiny, per_sequ
 
 
 def test_threads_do_not_change_the_result(tiny):
+    """Nor whether they share the heads of a chunk, as more threads than chunks do."""
     logits = []
-    for n_threads in (1, 2, 3):
+    for n_threads in (1, 2, 3, 12):
         with Session(tiny, n_threads=n_threads) as s:
             s.prefill(random_tokens(N_PAST))
             logits.append(step_logits(s, policy("SRSR")))
-    np.testing.assert_array_equal(logits[0], logits[1])
-    np.testing.assert_array_equal(logits[0], logits[2])
+    for other in logits[1:]:
+        np.testing.assert_array_equal(logits[0], other)
 
 
 # ---- 5. switches, status, graphs

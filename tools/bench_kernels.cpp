@@ -136,7 +136,8 @@ struct bench {
         return job;
     }
 
-    void attend(const hylra_job & job, int ith, int nth) const {
+    void attend(hylra_job job, int ith, int nth) const {
+        hylra_share_heads(job, nth);
         const int n_task = hylra_n_task(job);
         for (int task = n_task*ith/nth; task < n_task*(ith + 1)/nth; ++task) { kernels.attend(job, task); }
     }

@@ -209,6 +209,7 @@ int hylra_test_attend(const char * isa, const hylra_attn * attn, const int32_t *
         return -1;
     }
     hylra_job job = hylra_job_of(*attn, head_list);
+    hylra_share_heads(job, 2*hylra_n_task(job)); // as where threads outnumber chunks
     const int n_listed = job.cells ? attn->n_cells : attn->n_kv;
     std::vector<float> scratch(hylra_attend_floats(*attn, n_listed, scores != nullptr), NAN); // poisoned: what is not written shows
     hylra_place(job, scratch.data(), scores != nullptr);

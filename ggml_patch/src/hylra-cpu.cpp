@@ -20,13 +20,6 @@ static int chunk_cells(int n) {
 
 static int chunk_count(int n) { return (n + chunk_cells(n) - 1)/chunk_cells(n); }
 
-constexpr int LISTED_TASKS = 16; // threads that a list of few cells, and so of few chunks, should keep busy; more tasks each start with a cold row
-
-static int part_count(const hylra_job & job) {
-    const int n_task = job.n_chunk*job.attn.n_stream*job.attn.n_tokens;
-    return job.cells ? std::min(job.attn.n_head_kv, (LISTED_TASKS + n_task - 1)/n_task) : 1;
-}
-
 float hylra_slope(const hylra_attn & attn, int head) {
     if (attn.max_bias <= 0.0f) {
         return 1.0f;
@@ -154,8 +147,13 @@ hylra_job hylra_job_of(const hylra_attn & attn, const int32_t * head_list) {
     const int n = job.cells ? attn.n_cells : attn.n_kv;
     job.chunk_cells = chunk_cells(n);
     job.n_chunk     = chunk_count(n);
-    job.n_part      = part_count(job);
+    job.n_part      = 1;
     return job;
+}
+
+void hylra_share_heads(hylra_job & job, int n_threads) {
+    job.n_part = 1;
+    job.n_part = std::min(job.attn.n_head_kv, (n_threads + hylra_n_task(job) - 1)/hylra_n_task(job));
 }
 
 size_t hylra_attend_floats(const hylra_attn & a, int n_listed, bool weights) {
@@ -207,7 +205,8 @@ hylra_node_ref hylra_node_of(const ggml_tensor * node) {
 }
 
 void hylra_node_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const hylra_job job = hylra_job_of_node(*(const hylra_op *) userdata, dst, nullptr);
+    hylra_job job = hylra_job_of_node(*(const hylra_op *) userdata, dst, nullptr);
+    hylra_share_heads(job, nth);
     // neighbouring chunks to the same thread: at the end of one the first rows of the next are fetched already
     const int n_task = hylra_n_task(job);
     for (int task = n_task*ith/nth; task < n_task*(ith + 1)/nth; ++task) {

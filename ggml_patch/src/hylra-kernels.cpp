@@ -209,7 +209,7 @@ struct worker {
     }
 
     void hide_weights(const block & b, int token) {
-        for (int head = 0; job.weights && head < a.n_head; ++head) {
+        for (int head = head_begin*group; job.weights && head < head_end*group; ++head) {
             float * w = hylra_weights(job, stream, token, head, b.first/TILE);
             std::fill(w, w + TILE, 0.0f);
             hylra_peaks(job, stream, token, head)[b.first/TILE] = -INFINITY;
