@@ -213,6 +213,7 @@ def facts_of_machine(args) -> dict:
     return {
         "build_commit": commit(),
         "engine": engine.version(),
+        "hylra_isa": engine.isa(),
         "cpu_info": cpu_info(),
         "gpu_info": gpu_info() if getattr(args, "n_gpu_layers", 0) else "",
         "backends": "CUDA, CPU" if getattr(args, "n_gpu_layers", 0) else "CPU",

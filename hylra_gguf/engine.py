@@ -220,12 +220,19 @@ def version() -> str:
     return _loaded["ffi"].string(_loaded["lib"].hylra_version()).decode()
 
 
+def isa() -> str:
+    """Instruction set of the CPU kernels: avx512vnni, avx512, avx2 or base"""
+    activate()
+    return _loaded["ffi"].string(_loaded["lib"].hylra_isa()).decode()
+
+
 def environment() -> dict:
     """What `hylra-gguf env` shows: versions, library, CPU flags as llama.cpp reports them."""
     llama_cpp = activate()
     return {
         "hylra_gguf": importlib.metadata.version("hylra-gguf"),
         "engine": version(),
+        "isa": isa(),
         "llama_cpp_python": llama_cpp.__version__,
         "library": str(library_path()),
         "LLAMA_CPP_LIB_PATH": os.environ["LLAMA_CPP_LIB_PATH"],

@@ -24,6 +24,8 @@ static void settle(const llama_context * ctx) { llama_synchronize(const_cast<lla
 
 const char * hylra_version(void) { return HYLRA_VERSION; }
 
+const char * hylra_isa(void) { return hylra_default_isa(); }
+
 int hylra_set_policy(llama_context * ctx, const hylra_policy * policy, char * error, size_t error_bytes) {
     settle(ctx);
     llama_hylra_context & state = state_of(ctx);

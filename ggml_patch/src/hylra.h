@@ -62,6 +62,9 @@ struct hylra_status {
 
 HYLRA_API const char * hylra_version(void);
 
+// Instruction set of the CPU kernels: avx512vnni, avx512, avx2 or base. The fastest here, unless HYLRA_ISA in the environment names another that runs.
+HYLRA_API const char * hylra_isa(void);
+
 // Makes `policy` the one of this context; NULL: dense. Returns 0, or -1 and one line in `error`: then the
 // context runs dense. Not while a batch is being computed.
 HYLRA_API int hylra_set_policy(struct llama_context * ctx, const struct hylra_policy * policy, char * error, size_t error_bytes);
