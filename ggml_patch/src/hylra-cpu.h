@@ -36,8 +36,8 @@ hylra_job  hylra_job_of(const hylra_attn & attn, const int32_t * head_list);
 hylra_attn hylra_attn_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks);
 hylra_job  hylra_job_of_node(const hylra_op & op, const ggml_tensor * attend, const ggml_tensor * sinks);
 
-// Where a job has fewer chunks than there are threads (a list of 1024 cells has eight), its tasks share the KV heads of a chunk. Each more of them starts with rows
-// that nobody has fetched, so no more than threads. Results are the same.
+// Where a job has fewer chunks than there are threads (a list of 1024 cells has eight), tasks share the KV heads of a chunk. No more of them than threads need,
+// since each starts with rows that nobody has fetched. Results are the same.
 void hylra_share_heads(hylra_job & job, int n_threads);
 
 // Size of an attend node's result when `n_listed` cells (a list, or all n_kv) are attended to. The chunking depends on

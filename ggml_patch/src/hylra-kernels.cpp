@@ -87,12 +87,13 @@ struct worker {
     const int n_tile;
 
     alignas(64) float q_room[MAX_HEADS*HYLRA_MAX_EMBD];
-    const float * packed = nullptr; // [n_k, n_head, n_tokens] queries, of which the task's are there, if the type of K has its own form of them
+    const float * packed = nullptr; // [n_k, n_head, n_tokens] queries, those of the task, if the type of K has its own form of them
     cache_side k, v;
 
     // room: [2*TILE*HYLRA_MAX_EMBD], touched only by types and head sizes without kernels of their own
     worker(const hylra_job & job, const hylra_task & at, float * room) : job(job), a(job.attn), chunk(at.chunk), stream(at.stream),
-        head_begin(at.head_kv_begin), head_end(at.head_kv_end), n_k(hylra_padded(a.n_embd_k)), n_v(hylra_padded(a.n_embd_v)), group(a.n_head/a.n_head_kv), n_tile(hylra_n_tile(a.n_kv)),
+        head_begin(at.head_kv_begin), head_end(at.head_kv_end),
+        n_k(hylra_padded(a.n_embd_k)), n_v(hylra_padded(a.n_embd_v)), group(a.n_head/a.n_head_kv), n_tile(hylra_n_tile(a.n_kv)),
         k(a.k, a.k_nb, stream, a.type_k, a.n_embd_k, job.k_to_float, room),
         v(a.v, a.v_nb, stream, a.type_v, a.n_embd_v, job.v_to_float, room + TILE*HYLRA_MAX_EMBD) {}
 

@@ -139,7 +139,7 @@ enum hylra_trace {
 // Says what `node` is, for a ggml_backend_sched_eval_callback, and fills `out` with the pointers of its tensors.
 HYLRA_API int hylra_trace_node(const struct ggml_tensor * node, struct hylra_attn * out);
 
-// ---- kernels under test: `isa` is "ref" (scalar twins), "base", "avx2" or "avx512"; return 0, or -1 if this build or
+// ---- kernels under test: `isa` is "ref" (scalar twins), "base", "avx2", "avx512" or "avx512vnni"; return 0, or -1 if this build or
 // machine does not have it.
 
 // out: F32 [n_embd_v, n_head, n_tokens, n_stream], contiguous; NULL: scores alone, V is not read.
