@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
@@ -20,6 +24,15 @@ def available(isa: str) -> bool:
 
 HERE = [isa for isa in ISAS if available(isa)]
 CHOOSERS = [*HERE, "radix"]  # the serial twin of the CUDA selection: kernels for a GPU, arithmetic that any machine can test
+
+
+def test_the_environment_names_the_instruction_set():
+    def found(wanted):
+        return subprocess.run([sys.executable, "-c", "from hylra_gguf import engine; print(engine.isa())"], env={**os.environ, "HYLRA_ISA": wanted},
+                              capture_output=True, text=True, check=True).stdout.strip()
+
+    assert found("") == found("mmx") == HERE[-1]
+    assert [found(isa) for isa in HERE] == HERE
 
 
 class Problem:
@@ -71,14 +84,14 @@ class Problem:
             a.cells, a.n_cells, a.lists = pointer(cells), cells.shape[-1], cells.shape[-2]
         return a
 
-    def run(self, isa, cells=None, head_list=None, score_lists=0, scores_only=False):
+    def run(self, isa, cells=None, head_list=None, score_lists=0, scores_only=False, n_threads=1):
         """(out [stream, token, head, dim] or None, scores [stream, token, list, cell] or None) of one kernel set."""
         out = None if scores_only else np.full((self.n_stream, self.n_tokens, self.n_head, self.n_embd_v), np.nan, np.float32)
         scores = np.full((self.n_stream, self.n_tokens, score_lists, self.n_kv), np.nan, np.float32) if score_lists else None
         heads = np.asarray(head_list if head_list is not None else [0] * self.n_head_kv, np.int32)
         floats = lambda x: engine.ffi.NULL if x is None else engine.ffi.cast("float *", x.ctypes.data)
         code = engine.lib.hylra_test_attend(isa.encode(), self.struct(cells), engine.ffi.cast("int32_t *", heads.ctypes.data),
-                                            floats(out), floats(scores), score_lists)
+                                            floats(out), floats(scores), score_lists, n_threads)
         assert code == 0
         return out, scores
 
@@ -186,6 +199,17 @@ def test_gather(case, lists, isa):
     out, _ = problem.run(isa, cells, head_list)
     want, _ = problem.expected(allowed)
     np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("case", [c for c in CASES if c != "1 cell"])
+def test_tasks_that_share_heads_compute_the_same(case, isa):
+    """As where there are more threads than chunks; all KV heads of a chunk in one task otherwise."""
+    problem = Problem(**CASES[case])
+    for lists in (0, 1, problem.n_head_kv):
+        listed = random_lists(problem, lists, min(200, problem.n_kv))[:2] if lists else ()
+        for want, shared in zip(*(problem.run(isa, *listed, score_lists=0 if lists else 1, n_threads=n) for n in (1, 10000))):
+            np.testing.assert_array_equal(shared, want)
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -18,7 +18,7 @@ from bench_program import rows_of, table_or_rows
 from hylra_gguf.bench import commit, cpu_info
 
 HEAD = ("KV", "cells", "full ms", "of read", "select ms", "of read", "pooling and top-k", "reuse ms", "scores ms", "of read", "sparse select ms")
-THREADS_HEAD = ("threads", "full ms", "times less", "reuse ms", "times less")
+THREADS_HEAD = ("KV", "cells", "threads", "full ms", "times less", "reuse ms", "times less")
 
 
 def cells_of(row: dict) -> tuple:
@@ -32,20 +32,21 @@ def cells_of(row: dict) -> tuple:
             f"{row['scores_ms']:.2f}", f"{row['scores_of_read']:.0%}", f"{row['scores_ms'] + chosen_ms + reuse_ms:.2f}")
 
 
-def threads_cells_of(row: dict, first: dict) -> tuple:
-    """Milliseconds, and how many times less than those of the first row"""
+def threads_cells_of(row: dict, rows: list[dict]) -> tuple:
+    """Milliseconds, and how many times less than those of the first row of the type and cells"""
+    first = next(one for one in rows if (one["type"], one["n_kv"]) == (row["type"], row["n_kv"]))
     times_ms = [(one["full_ms"], one["reuse_ms"] + one["reuse_reduce_ms"]) for one in (row, first)]
-    return (row["threads"], *(cell for ms, first_ms in zip(*times_ms) for cell in (f"{ms:.2f}", f"{first_ms / ms:.1f}")))
+    return (row["type"], row["n_kv"], row["threads"], *(cell for ms, first_ms in zip(*times_ms) for cell in (f"{ms:.2f}", f"{first_ms / ms:.1f}")))
 
 
 def table(result: dict) -> str:
     """By cells, or by threads where rows differ in them"""
     rows = result["rows"]
     if len({row["threads"] for row in rows}) > 1:
-        head, cells = THREADS_HEAD, [threads_cells_of(row, rows[0]) for row in rows]
+        lines = [THREADS_HEAD, ("---",) * len(THREADS_HEAD), *(threads_cells_of(row, rows) for row in rows)]
     else:
-        head, cells = HEAD, [cells_of(row) for row in rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ("---",) * len(head), *cells])
+        lines = [HEAD, ("---",) * len(HEAD), *map(cells_of, rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -205,13 +205,13 @@ static void run_scores(const hylra_kernels & kernels, const hylra_job & job, flo
     }
 }
 
-int hylra_test_attend(const char * isa, const hylra_attn * attn, const int32_t * head_list, float * out, float * scores, int32_t score_lists) {
+int hylra_test_attend(const char * isa, const hylra_attn * attn, const int32_t * head_list, float * out, float * scores, int32_t score_lists, int32_t n_threads) {
     const hylra_kernels * kernels = hylra_get_kernels(isa);
     if (!kernels) {
         return -1;
     }
     hylra_job job = hylra_job_of(*attn, head_list);
-    hylra_share_heads(job, 2*hylra_n_task(job)); // as where threads outnumber chunks
+    hylra_share_heads(job, n_threads);
     const int n_listed = job.cells ? attn->n_cells : attn->n_kv;
     std::vector<float> scratch(hylra_attend_floats(*attn, n_listed, scores != nullptr), NAN); // poisoned: what is not written shows
     hylra_place(job, scratch.data(), scores != nullptr);

@@ -145,8 +145,9 @@ HYLRA_API int hylra_trace_node(const struct ggml_tensor * node, struct hylra_att
 // out: F32 [n_embd_v, n_head, n_tokens, n_stream], contiguous; NULL: scores alone, V is not read.
 // head_list: I32 [n_head_kv] list of attn->cells taken by each KV head; unused if attn->cells is NULL.
 // scores: F32 [n_kv, score_lists, n_tokens, n_stream] or NULL: attention mass per cell, averaged over the heads of a list.
+// n_threads: the work is cut into tasks as for that many, and done by one.
 HYLRA_API int hylra_test_attend(const char * isa, const struct hylra_attn * attn, const int32_t * head_list,
-                                float * out, float * scores, int32_t score_lists);
+                                float * out, float * scores, int32_t score_lists, int32_t n_threads);
 
 // Chooses from one row of scores (see hylra-attn.h for the marks); returns the number of cells written to out[top_k].
 HYLRA_API int hylra_test_choose(const char * isa, const float * scores, int32_t n_kv, int32_t top_k, int32_t block_size, int32_t * out);
