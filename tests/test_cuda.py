@@ -220,6 +220,12 @@ def greedy(s: Session, first: int, depth: int, n: int = 32) -> list[int]:
     return tokens
 
 
+def policy_for(s: Session, top_k: int):
+    """Of a model of ten layers or more: two select layers"""
+    layers, heads = api.llama_model_n_layer(s.model), api.llama_model_n_head_kv(s.model)
+    return policy("F" + "S" + "R"*6 + "S" + "R"*(layers - 9), head_kv_count=heads, top_k=top_k, min_context=1024)
+
+
 def on_one_cache(model: str, depth: int):
     """Per place, GPU and CPU: (logits under a policy, dense logits, captured mass, greedy tokens), all from the cache that the GPU has filled.
 
@@ -229,8 +235,7 @@ def on_one_cache(model: str, depth: int):
     state, found = cache_after(model, tokens[:depth], **ON_GPU), []
     for place in (ON_GPU, {}):
         with Session(model, n_ctx=depth + 256, n_threads=8, **place) as s:
-            layers, heads = api.llama_model_n_layer(s.model), api.llama_model_n_head_kv(s.model)
-            p = policy("F" + "S" + "R"*6 + "S" + "R"*(layers - 9), head_kv_count=heads, top_k=512, min_context=1024)
+            p = policy_for(s, top_k=512)
             assert api.llama_state_seq_set_data(s.ctx, state, len(state), 0)
             logits = []
             for one in (p, full_like(p)):
@@ -276,3 +281,20 @@ def test_a_real_model(real_models, weights, depth):
     assert gpu_mass == pytest.approx(cpu_mass, rel=1e-2)
     assert sparse < (1.5*dense + 1e-4 if weights == "as it is" else 1e-4)
     assert weights == "as it is" or gpu_text == cpu_text
+
+
+def test_a_real_model_whose_lists_hold_every_cell_equals_full(real_models):
+    """Full layers are llama.cpp's on a GPU, so two kernels are compared; with weights of F32, as quantised activations make much of their last bits."""
+    depth = 1500
+    tokens = text_tokens(real_models["F32"], depth + N_STEPS)
+    with Session(real_models["F32"], n_ctx=depth + 256, n_batch=512, n_threads=8, **ON_GPU) as s:
+        s.prefill(tokens[:depth])
+        logits = []
+        for p in (policy_for(s, top_k=4096), full_like(policy_for(s, top_k=4096)), policy_for(s, top_k=512)):
+            engine.set_policy(s.ctx, p)
+            logits.append(s.steps(tokens[depth:], depth))
+            s.rewind(depth)
+        assert engine.status(s.ctx)["sparse_steps"] == N_STEPS
+    every, few = divergence(logits[0], logits[1]), divergence(logits[2], logits[1])
+    print(f"KL divergence from full, weights F32, {depth} tokens: {every:.1e} with lists of every cell, {few:.1e} with 512")
+    assert every < 1e-5 < few

@@ -374,3 +374,15 @@ def test_choose_blocks_takes_whole_blocks_while_they_fit():
     for isa in CHOOSERS:
         assert choose(isa, scores, 33, 16).tolist() == [0, *range(16, 32), *range(48, 64)]
         assert choose(isa, scores, 32, 16).tolist() == [0, *range(48, 64)]
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+@pytest.mark.parametrize("isa", CHOOSERS)
+def test_scores_that_are_no_numbers_overrun_no_list(isa, share):
+    """A model that overflows may make them. Which cells are chosen then is nobody's concern; the list has top_k of them at most."""
+    scores, top_k = np.random.default_rng(0).random(5000).astype(np.float32), 512
+    scores[: int(share * scores.size)] = np.nan
+    out = np.full(scores.size, -7, np.int32)
+    pointer = lambda kind, x: engine.ffi.cast(kind, x.ctypes.data)
+    n = engine.lib.hylra_test_choose(isa.encode(), pointer("float *", scores), scores.size, top_k, 1, pointer("int32_t *", out))
+    assert 0 <= n <= top_k and (out[top_k:] == -7).all() and (np.diff(out[:n]) > 0).all()

@@ -144,8 +144,8 @@ threshold threshold_of(const float * scores, int n_kv, int n) {
     return bisect(scores, n_kv, n, ALL_KEYS, 0);
 }
 
-// The n_all cells above the threshold and the first n_tie at it, ascending.
-int collect(const float * scores, int n_kv, threshold t, [[maybe_unused]] int n_all, int32_t * out) {
+// The cells above the threshold and the first n_tie at it, ascending: n_all, and no more where scores are NaN, which lie above every threshold.
+int collect(const float * scores, int n_kv, threshold t, int n_all, int32_t * out) {
     int n = 0, cell = 0;
 #if defined(__AVX2__)
     vi cells;
@@ -156,7 +156,7 @@ int collect(const float * scores, int n_kv, threshold t, [[maybe_unused]] int n_
         n += append(out + n, mask_of(load_keys(scores + cell) > t.key), cells);
     }
 #endif
-    for (; cell < n_kv; ++cell) {
+    for (; cell < n_kv && n < n_all; ++cell) {
         const int32_t found = key_of(scores[cell]);
         if (found > t.key || (found == t.key && t.n_tie-- > 0)) {
             out[n++] = cell;
