@@ -46,9 +46,9 @@ struct device_buffer {
 };
 
 inline std::vector<float> random_floats(std::mt19937 & rng, size_t n, float scale) {
-    std::normal_distribution<float> normal(0.0f, scale);
+    std::normal_distribution<float> normal;
     std::vector<float> out(n);
-    for (float & x : out) { x = normal(rng); }
+    for (float & x : out) { x = scale*normal(rng); }
     return out;
 }
 
