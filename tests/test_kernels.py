@@ -309,6 +309,19 @@ def test_no_visible_cell_gives_zeros():
         assert not problem.run(isa)[0].any()
 
 
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("lists", [1, 3])
+def test_weights_that_are_no_numbers_count_as_nothing(lists, isa):
+    """A model that overflows makes them. Kernels that choose compare the bits of scores, so that a NaN would stand above all."""
+    problem = Problem(n_kv=333)
+    problem.q[:, : problem.group] = np.nan  # [stream, head, token, dim]
+    scores = problem.run(isa, score_lists=lists)[1][0, 0]
+    hidden = problem.mask[0, 0] == -np.inf
+    assert (scores[:, hidden] == HIDDEN).all() and (scores[:, ~hidden] >= 0).all()
+    assert lists == 1 or (scores[0, ~hidden] == 0).all()
+    assert (scores[-1, ~hidden] > 0).any()
+
+
 def choose(isa, scores, top_k, block_size=1):
     scores = np.ascontiguousarray(scores, np.float32)
     out = np.full(top_k, -7, np.int32)

@@ -194,13 +194,14 @@ static __device__ __forceinline__ void pool_cells(const hylra_cuda_job & job, co
     }
 }
 
-// Hidden and forced cells get their scores. mask: of the four cells, as halves; forced: a bit each
+// Hidden and forced cells get their scores. A sum that is a NaN, of a model that overflows, is 0: by its bits it would stand above every bound, and more cells
+// than a list holds. mask: of the four cells, as halves; forced: a bit each
 static __device__ __forceinline__ float4 finished(const float (&sums)[4], uint2 mask, unsigned forced) {
     float s[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const unsigned half_mask = (i < 2 ? mask.x : mask.y) >> i%2*16 & 0xFFFFu;
-        s[i] = half_mask == 0xFC00u ? HYLRA_SCORE_HIDDEN : sums[i] + (forced >> i & 1 ? HYLRA_SCORE_FORCED : 0.0f);
+        s[i] = half_mask == 0xFC00u ? HYLRA_SCORE_HIDDEN : fmaxf(sums[i], 0.0f) + (forced >> i & 1 ? HYLRA_SCORE_FORCED : 0.0f);
     }
     return make_float4(s[0], s[1], s[2], s[3]);
 }

@@ -82,7 +82,7 @@ struct pooler {
             }
         }
         for (int i = 0; i < HYLRA_TILE_CELLS/LANES; ++i) {
-            store(out + i*LANES, sum[i]);
+            store(out + i*LANES, vmax(sum[i], vf{})); // 0 instead of a NaN, of a model that overflows: by its bits it would stand above all
         }
     }
 

@@ -135,7 +135,8 @@ static void pool_ref(const hylra_job & job, int stream, int token, int list, int
         for (int head = list*n_head; head < (list + 1)*n_head; ++head) {
             const hylra_norm norm = hylra_normaliser(job, stream, token, head);
             const double peak = hylra_peaks(job, stream, token, head)[cell/HYLRA_TILE_CELLS];
-            sum += hylra_weights(job, stream, token, head, cell/HYLRA_TILE_CELLS)[cell%HYLRA_TILE_CELLS]*exp(peak - norm.max)*norm.inv_sum;
+            const double mass = hylra_weights(job, stream, token, head, cell/HYLRA_TILE_CELLS)[cell%HYLRA_TILE_CELLS]*exp(peak - norm.max)*norm.inv_sum;
+            sum += mass > 0.0 ? mass : 0.0; // what is no number, of a model that overflows, counts as nothing
         }
         scores[cell] = hylra_mask_at(a, stream, token, cell) == -INFINITY ? HYLRA_SCORE_HIDDEN : float(sum/n_head);
     }

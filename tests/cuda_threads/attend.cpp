@@ -1,5 +1,6 @@
 // Attention on random F16 rows by the CUDA kernels, beside plain double precision: `attend BLOCK.so... < cases`. A case: kernel, head size, query heads,
-// KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells. The kernels: `plain`; `q8_0`, the same on rounded rows; of hylra-cuda-mla.cuh, with K of 576 values,
+// KV heads, cells, tokens, streams, listed cells, lists, sinks, share of visible cells. The kernels: `plain`; `nan`, the same for queries that are no numbers, whose weights
+// count as nothing; `q8_0`, plain on rounded rows; of hylra-cuda-mla.cuh, with K of 576 values,
 // `mla16`, `mla32` and `mla64` by columns per block, whose V is the first 512 of them, and `apart`, as mla32 with V rows of its own. Prints for each the
 // kernel and the largest errors, relative to the largest value: output of select, its scores, scores without V, output of reuse in two launches and, plain, in one.
 #include "hylra-attn.h"
@@ -65,7 +66,7 @@ static void launch(work w, int x, int y, int z, int side) {
 struct problem {
     int kernel, size, size_v, heads, heads_kv, n_kv, tokens, streams, n_listed, lists, sinks;
     float visible;
-    bool v_in_k, quantised;
+    bool v_in_k, quantised, no_number;
     std::vector<float> q, sink_values;
     std::vector<_Float16> k, v, mask;
     std::vector<uint8_t> k_blocks, v_blocks; // of Q8_0, whose values k and v then are
@@ -93,6 +94,7 @@ struct problem {
         std::normal_distribution<float> normal;
         const auto random = [&](auto & to, size_t n, float scale) { to.resize(n); for (auto & x : to) { x = scale*normal(rng); } };
         random(q, size_t(size)*rows(), 2.0f), random(k, size_t(size)*heads_kv*n_kv*streams, 1.0f), random(v, size_t(size_v)*heads_kv*n_kv*streams, 1.0f);
+        if (no_number) { std::fill(q.begin(), q.end(), NAN); }
         if (quantised) { round(k, k_blocks), round(v, v_blocks); }
         random(sink_values, sinks ? heads : 0, 1.0f);
         mask.resize(size_t(n_kv)*tokens*streams);
@@ -219,8 +221,8 @@ int main(int argc, char ** argv) {
     problem p;
     while (scanf("%63s %d %d %d %d %d %d %d %d %d %f", kernel, &p.size, &p.heads, &p.heads_kv, &p.n_kv, &p.tokens, &p.streams, &p.n_listed, &p.lists, &p.sinks, &p.visible) == 11) {
         const std::string name = kernel;
-        p.quantised = name == "q8_0";
-        p.kernel = name == "plain" || p.quantised ? ATTEND : name == "mla16" ? MLA_16 : name == "mla64" ? MLA_64 : MLA_32;
+        p.quantised = name == "q8_0", p.no_number = name == "nan";
+        p.kernel = name == "plain" || p.quantised || p.no_number ? ATTEND : name == "mla16" ? MLA_16 : name == "mla64" ? MLA_64 : MLA_32;
         p.v_in_k = p.kernel != ATTEND && name != "apart";
         p.size_v = p.kernel == ATTEND ? p.size : 512;
         double errors[5];
