@@ -64,7 +64,8 @@ struct tile_rows {
     }
 };
 
-// Fetches the rows of the next tile in n_step steps: a processor has few places for what is on its way, and a burst stalls.
+// Fetches the rows of the next tile in n_step steps: a processor has few places for what is on its way, and all loads wait behind a fetch that finds
+// none, so that a burst adds its time to the arithmetic's instead of hiding in it (F16, head size 128, 32K cells: a dense layer 6.2 -> 5.6 ms; AVX2 2.0 -> 1.7).
 struct steady_fetch {
     const tile_rows & rows;
     const int step; // rows, in 1/256
@@ -78,6 +79,10 @@ struct steady_fetch {
         }
     }
 };
+
+// How often it is called: at every step costs narrow vectors more than it gains
+constexpr int FETCH_VALUES = 64; // values of K's rows between calls
+constexpr int FETCH_CELLS  = 4;  // V's rows
 
 void find_rows(const block & b, size_t row_bytes, size_t * offset) {
     if (b.n == TILE) { // by vectors
@@ -99,19 +104,24 @@ template<class READER> constexpr bool BY_BLOCKS = LANES < 16 && std::is_same<REA
 template<class READER, int HEADS>
 void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]) {
     constexpr int CELLS = LANES >= 16 ? 4 : 2;
+    constexpr int PART = FETCH_VALUES/LANES; // steps
+    steady_fetch fetch(k, BY_BLOCKS<READER> ? TILE/CELLS : TILE/CELLS*((n_step + PART - 1)/PART));
     for (int cell = 0; cell < TILE; cell += LANES) {
         vf part[HEADS][LANES/CELLS];
         for (int p = 0; p < LANES/CELLS; ++p) {
             const char * row[CELLS];
             for (int c = 0; c < CELLS; ++c) {
                 row[c] = k.at(cell + p*CELLS + c);
-                k.fetch_next(cell + p*CELLS + c);
             }
             vf acc[HEADS][CELLS] = {};
             if constexpr (BY_BLOCKS<READER>) {
+                fetch();
                 dot_blocks<HEADS, CELLS>(q, row, n_step, acc);
             }
             for (int i = 0; i < n_step && !BY_BLOCKS<READER>; i += READER::STEPS) {
+                if (i % PART == 0) {
+                    fetch();
+                }
                 vf kv[CELLS][READER::STEPS];
                 for (int c = 0; c < CELLS; ++c) {
                     READER::read(row[c], i, kv[c]);
@@ -155,7 +165,7 @@ void pack_bytes(const float * q, int n, float * out) { pack_query(q, n, BYTES_OF
 
 // acc[h][d0..] += sum over cells of p[h][cell]*v[cell][d0..] for STEPS vectors of dimensions, whose sums stay in registers
 template<class READER, int HEADS, int STEPS>
-void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, int step, float * const * acc) {
+void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, int step, float * const * acc, steady_fetch & fetch) {
     vf sum[HEADS][STEPS];
     for (int h = 0; h < HEADS; ++h) {
         for (int i = 0; i < STEPS; ++i) {
@@ -164,8 +174,8 @@ void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, 
     }
     for (int cell = 0; cell < n_cells; ++cell) {
         const char * row = v.at(cell);
-        if (step == 0) {
-            v.fetch_next(cell);
+        if (cell % FETCH_CELLS == 0) {
+            fetch();
         }
         vf w[HEADS];
         for (int h = 0; h < HEADS; ++h) {
@@ -190,12 +200,12 @@ void accumulate_strip(const float (*p)[TILE], const tile_rows & v, int n_cells, 
 
 // strips as long as STEPS, then shorter ones for what is left of the row: a head of 64 is half of what fits the registers of AVX-512
 template<class READER, int HEADS, int STEPS>
-void accumulate_strips(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, int step, float * const * acc) {
+void accumulate_strips(const float (*p)[TILE], const tile_rows & v, int n_cells, int n_step, int step, float * const * acc, steady_fetch & fetch) {
     for (; step + STEPS <= n_step; step += STEPS) {
-        accumulate_strip<READER, HEADS, STEPS>(p, v, n_cells, step, acc);
+        accumulate_strip<READER, HEADS, STEPS>(p, v, n_cells, step, acc, fetch);
     }
     if constexpr (STEPS/2 >= READER::STEPS) {
-        accumulate_strips<READER, HEADS, STEPS/2>(p, v, n_cells, n_step, step, acc);
+        accumulate_strips<READER, HEADS, STEPS/2>(p, v, n_cells, n_step, step, acc, fetch);
     }
 }
 
@@ -223,7 +233,8 @@ void accumulate_tile(const float (*p)[TILE], const tile_rows & v, int n_cells, i
     }
     constexpr int FIT  = LANES >= 16 && HEADS <= 3 ? 8 : LANES >= 16 || HEADS <= 2 ? 4 : 2; // vectors of sums that fit the registers
     constexpr int LONG = FIT > READER::STEPS ? FIT : READER::STEPS;
-    accumulate_strips<READER, HEADS, LONG>(p, v, n_cells, n_step, 0, acc);
+    steady_fetch fetch(v, (n_cells + FETCH_CELLS - 1)/FETCH_CELLS*(n_step/LONG + __builtin_popcount(n_step%LONG)));
+    accumulate_strips<READER, HEADS, LONG>(p, v, n_cells, n_step, 0, acc, fetch);
 }
 
 #if defined(__AVX512VNNI__)
@@ -248,7 +259,7 @@ void accumulate_tile_bytes(const float (*p)[TILE], const tile_rows & v, int n_ce
     steady_fetch fetch(v, n_block*(TILE/4));
     for (int block = 0; block < n_block; ++block) {
         if (std::signbit(largest[block])) {
-            accumulate_strip<reader_q8_0, HEADS, STEPS>(p, v, n_cells, block*STEPS, acc);
+            accumulate_strip<reader_q8_0, HEADS, STEPS>(p, v, n_cells, block*STEPS, acc, fetch);
             continue;
         }
         float unit[HEADS];
