@@ -144,6 +144,14 @@ threshold threshold_of(const float * scores, int n_kv, int n) {
     return bisect(scores, n_kv, n, ALL_KEYS, 0);
 }
 
+// The first n of the bits that are set
+inline uint32_t first_bits(uint32_t mask, int n) {
+    while (__builtin_popcount(mask) > n) {
+        mask &= ~(1u << (31 - __builtin_clz(mask)));
+    }
+    return mask;
+}
+
 // The cells above the threshold and the first n_tie at it, ascending: n_all, and no more where scores are NaN, which lie above every threshold.
 int collect(const float * scores, int n_kv, threshold t, int n_all, int32_t * out) {
     int n = 0, cell = 0;
@@ -152,8 +160,11 @@ int collect(const float * scores, int n_kv, threshold t, int n_all, int32_t * ou
     for (int i = 0; i < LANES; ++i) {
         cells[i] = i;
     }
-    for (; t.n_tie == 0 && cell + LANES <= n_kv && n + LANES <= n_all; cell += LANES, cells += LANES) {
-        n += append(out + n, mask_of(load_keys(scores + cell) > t.key), cells);
+    for (; cell + LANES <= n_kv && n + LANES <= n_all; cell += LANES, cells += LANES) {
+        const vi key = load_keys(scores + cell);
+        const uint32_t tied = first_bits(mask_of(key == t.key), t.n_tie);
+        t.n_tie -= __builtin_popcount(tied);
+        n += append(out + n, mask_of(key > t.key) | tied, cells);
     }
 #endif
     for (; cell < n_kv && n < n_all; ++cell) {
