@@ -50,7 +50,7 @@ def test_tables_of_cuda_are_the_committed_results(make):
 
 
 @pytest.mark.parametrize("name, table_of", [("kernels", kernel_rows.table), ("kernels-zen4", kernel_rows.table), ("kernels-xeon", kernel_rows.table),
-                                            ("kernels-avx2", kernel_rows.table), ("kernels-xeon-16-cores", kernel_rows.table), ("kernels-xeon-avx2", kernel_rows.table),
+                                            ("kernels-avx2", kernel_rows.table), ("kernels-xeon-16-cores", kernel_rows.table), ("kernels-xeon-avx2", kernel_rows.table), ("kernels-xeon-two-avx2", kernel_rows.table),
                                             ("kernels-16-cores", kernel_rows.table), ("kernels-vnni", isa_gain.table)])
 def test_the_tables_of_one_layer_are_the_committed_results(name, table_of):
     assert table_of(json.loads((ROOT / "docs" / f"{name}.json").read_text())) in (ROOT / "docs" / "speed.md").read_text()
