@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA card: builds the engine, runs the GPU tests, measures kernels and decode speed; the command behind docs/cuda.md.
 #
-#   tools/gpu.sh [build] [test] [older] [kernels] [models] [bench] [steps]      all steps if none is named
+#   tools/gpu.sh [build] [test] [older] [kernels] [models] [bench] [short] [host] [steps]      all steps if none is named
 #
 # Results go to $HYLRA_GPU_OUT (default docs/cuda), models of random weights (45 GB) to $HYLRA_GPU_WORK (default /tmp/hylra-gpu). `bench` with four
 # sequences of 131072 tokens needs a card of 96 GB. HYLRA_CUDA_ARCHITECTURES: for which cards (default native); HYLRA_LLAMA_CPP_SOURCE: see CMakeLists.txt.
@@ -26,7 +26,7 @@ build() {
 
 run_tests() { # the sanitizer takes a part of the matrix: it is slow
     "$LLAMA_CPP_LIB_PATH/check-cuda" all > "$OUT/check.txt" || { grep -v '^ok' "$OUT/check.txt"; exit 1; }
-    for tool in memcheck racecheck; do
+    for tool in memcheck racecheck initcheck synccheck; do
         compute-sanitizer --tool $tool "$LLAMA_CPP_LIB_PATH/check-cuda" small > "$WORK/$tool.txt" 2>&1 || true
         tail -n 1 "$WORK/$tool.txt" | tee "$OUT/$tool.txt"
     done
@@ -94,7 +94,19 @@ run_bench() {
     bench llama-3.1-8b    llama-3.1-8b "per-head shared sparse" -d 4096,8192,16384,32768,65536,131072
     bench llama-3.1-8b-q8_0 llama-3.1-8b "per-head sparse" -d 65536 -ctk q8_0 -ctv q8_0
     bench llama-3.1-8b-q8_0-4 llama-3.1-8b "per-head sparse" -d 32768 -np 4 -ctk q8_0 -ctv q8_0
-    bench llama-3.1-8b-host llama-3.1-8b "per-head sparse" -d 8192,32768 -n 8 -r 2 -nkvo -t "$(nproc)"
+}
+
+run_short() { # where HyLRA begins with several sequences: each cache is short, all of them are not
+    for n in 2 4 8; do
+        bench llama-3.1-8b-$n-short llama-3.1-8b "per-head sparse" -d 4096,8192 -np $n
+        bench qwq-32b-$n-short      qwq-32b "per-head ucm sparse" -d 4096,8192 -np $n
+    done
+    bench llama-3.1-8b-q8_0-short   llama-3.1-8b "per-head sparse" -d 4096,8192 -ctk q8_0 -ctv q8_0
+    bench llama-3.1-8b-q8_0-4-short llama-3.1-8b "per-head sparse" -d 4096,8192 -np 4 -ctk q8_0 -ctv q8_0
+}
+
+run_host() { # the processor attends: nothing else may run beside
+    bench llama-3.1-8b-host llama-3.1-8b "per-head sparse" -d 8192,32768 -n 8 -r 3 -nkvo -t "$(nproc)"
 }
 
 steps() { # sequences, depth: where the time of a step goes
@@ -103,7 +115,7 @@ steps() { # sequences, depth: where the time of a step goes
 }
 
 STEPS=("$@")
-[ ${#STEPS[@]} -gt 0 ] || STEPS=(build test older kernels models bench steps)
+[ ${#STEPS[@]} -gt 0 ] || STEPS=(build test older kernels models bench short host steps)
 for step in "${STEPS[@]}"; do
     case $step in
         build) build ;;
@@ -112,8 +124,10 @@ for step in "${STEPS[@]}"; do
         kernels) run_kernels ;;
         models) make_models ;;
         bench) run_bench ;;
+        short) run_short ;;
+        host) run_host ;;
         steps) steps 8 65536; steps 4 131072 ;;
-        *) echo "tools/gpu.sh: $step: expected build, test, older, kernels, models, bench or steps" >&2; exit 2 ;;
+        *) echo "tools/gpu.sh: $step: expected build, test, older, kernels, models, bench, short, host or steps" >&2; exit 2 ;;
     esac
     echo "$step done after $SECONDS s" >&2
 done
