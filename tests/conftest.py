@@ -24,7 +24,8 @@ def needle_model() -> Path:
     from hylra_gguf.demo import cache_dir
 
     name = "SmolLM2-135M-Needle-32K.Q4_1.gguf"
-    path = Path(os.environ.get("HYLRA_NEEDLE_MODEL") or cache_dir() / name)
+    named = os.environ.get("HYLRA_NEEDLE_MODEL")
+    path = Path(named or cache_dir() / name)
     if not path.exists():
-        pytest.skip(f"no {path}: put {name} there or name it in HYLRA_NEEDLE_MODEL; tools/needle_model/train.py is the recipe")
+        (pytest.fail if named else pytest.skip)(f"no {path}: put {name} there or name it in HYLRA_NEEDLE_MODEL; tools/needle_model/train.py is the recipe")
     return path

@@ -19,6 +19,14 @@ THREADS = int(os.environ.get("HYLRA_TEST_THREADS", "1"))  # tools/sanitize.py as
 N_EMBD, N_FF = 64, 96  # of the tiny model
 
 
+def instruction_sets() -> list[str]:
+    """Those of the CPU kernels that this build and processor have, the scalar twins first"""
+    from hylra_gguf import engine
+
+    score, cell = engine.ffi.new("float[1]", [0.5]), engine.ffi.new("int32_t[1]")
+    return [isa for isa in ("ref", "base", "avx2", "avx512", "avx512vnni") if engine.lib.hylra_test_choose(isa.encode(), score, 1, 1, 1, cell) >= 0]
+
+
 def write_tiny_model(path: Path, n_layer=4, n_head=4, n_head_kv=2, n_embd_head=64, seed=0, context=8192, arch="llama",
                      norms=("attn_norm", "ffn_norm"), sliding_window=0, tied=False) -> Path:
     """A GGUF of llama-like tensors without tokenizer, F32 weights of random value; attention sharp enough to be selective."""

@@ -128,7 +128,7 @@ def real():
     named = os.environ.get(apply.SDIST_VARIABLE)
     path = Path(named) if named else apply.CACHE_DIR / pin.sdist
     if not path.is_file():
-        pytest.skip(f"no {pin.sdist}: set {apply.SDIST_VARIABLE} or build once")
+        (pytest.fail if named else pytest.skip)(f"no {path}: set {apply.SDIST_VARIABLE} to {pin.sdist} or build once")
     apply.verify(path, pin)
     return pin, path, apply.read_tree(path, pin), apply.load_hooks(PATCH_DIR)
 

@@ -1,7 +1,7 @@
 """The engine on a CUDA device: against the CPU engine with the same policy, against stock, with the cache in host memory, as CUDA graphs.
 
 Needs a library built with -DGGML_CUDA=ON and a GPU, so continuous integration skips all of it; tools/gpu.sh runs it. What can be checked
-without a GPU is in test_kernels.py (radix selection), test_cuda_plan.py (launch arithmetic, compilation) and test_apply.py (hooks).
+without a GPU is in test_choose.py (radix selection), test_cuda_plan.py (launch arithmetic, compilation) and test_apply.py (hooks).
 """
 
 from __future__ import annotations
