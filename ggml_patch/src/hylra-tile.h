@@ -81,8 +81,8 @@ struct steady_fetch {
 };
 
 // How often it is called: at every step costs narrow vectors more than it gains
-constexpr int FETCH_VALUES = 64; // values of K's rows between calls
-constexpr int FETCH_CELLS  = 4;  // V's rows
+constexpr int FETCH_STEPS = 64/LANES; // vectors of K's rows between calls
+constexpr int FETCH_CELLS = 4;        // V's rows
 
 void find_rows(const block & b, size_t row_bytes, size_t * offset) {
     if (b.n == TILE) { // by vectors
@@ -99,13 +99,38 @@ void find_rows(const block & b, size_t row_bytes, size_t * offset) {
 // Q8_0 where a block's vectors and their sums do not fit the registers (hylra-blocks.h)
 template<class READER> constexpr bool BY_BLOCKS = LANES < 16 && std::is_same<READER, reader_q8_0>::value;
 
+// acc[h][c] += q[h] . row[c], vector by vector
+template<class READER, int HEADS, int CELLS>
+__attribute__((always_inline)) inline void dot_rows(const float * const * q, const char * const * row, int n_step, vf (*acc)[CELLS], steady_fetch & fetch) {
+    if constexpr (BY_BLOCKS<READER>) {
+        fetch();
+        return dot_blocks<HEADS, CELLS>(q, row, n_step, acc);
+    }
+    for (int i = 0; i < n_step; i += READER::STEPS) {
+        if (i % FETCH_STEPS == 0) {
+            fetch();
+        }
+        vf kv[CELLS][READER::STEPS];
+        for (int c = 0; c < CELLS; ++c) {
+            READER::read(row[c], i, kv[c]);
+        }
+        for (int j = 0; j < READER::STEPS; ++j) {
+            for (int h = 0; h < HEADS; ++h) {
+                const vf qv = in_register(load(q[h] + (i + j)*LANES));
+                for (int c = 0; c < CELLS; ++c) {
+                    acc[h][c] += qv*kv[c][j];
+                }
+            }
+        }
+    }
+}
+
 // s[h][cell] = q[h] . k[cell] for HEADS query heads. CELLS cells at a time: their sums stay in registers, then are folded so
 // that LANES cells share one horizontal reduction.
 template<class READER, int HEADS>
 void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*s)[TILE]) {
     constexpr int CELLS = LANES >= 16 ? 4 : 2;
-    constexpr int PART = FETCH_VALUES/LANES; // steps
-    steady_fetch fetch(k, BY_BLOCKS<READER> ? TILE/CELLS : TILE/CELLS*((n_step + PART - 1)/PART));
+    steady_fetch fetch(k, TILE/CELLS*(BY_BLOCKS<READER> ? 1 : (n_step + FETCH_STEPS - 1)/FETCH_STEPS));
     for (int cell = 0; cell < TILE; cell += LANES) {
         vf part[HEADS][LANES/CELLS];
         for (int p = 0; p < LANES/CELLS; ++p) {
@@ -114,27 +139,7 @@ void dot_tile(const float * const * q, const tile_rows & k, int n_step, float (*
                 row[c] = k.at(cell + p*CELLS + c);
             }
             vf acc[HEADS][CELLS] = {};
-            if constexpr (BY_BLOCKS<READER>) {
-                fetch();
-                dot_blocks<HEADS, CELLS>(q, row, n_step, acc);
-            }
-            for (int i = 0; i < n_step && !BY_BLOCKS<READER>; i += READER::STEPS) {
-                if (i % PART == 0) {
-                    fetch();
-                }
-                vf kv[CELLS][READER::STEPS];
-                for (int c = 0; c < CELLS; ++c) {
-                    READER::read(row[c], i, kv[c]);
-                }
-                for (int j = 0; j < READER::STEPS; ++j) {
-                    for (int h = 0; h < HEADS; ++h) {
-                        const vf qv = in_register(load(q[h] + (i + j)*LANES));
-                        for (int c = 0; c < CELLS; ++c) {
-                            acc[h][c] += qv*kv[c][j];
-                        }
-                    }
-                }
-            }
+            dot_rows<READER, HEADS, CELLS>(q, row, n_step, acc, fetch);
             for (int h = 0; h < HEADS; ++h) {
                 part[h][p] = fold_all<1, CELLS>(acc[h]);
             }
