@@ -4,10 +4,12 @@
 //
 //   bench-kernels [--heads 32] [--kv-heads 8] [--head-size 128] [--n-kv 32768,...] [--top-k 1024] [--lists 8] [--type f16|q8_0|bf16|f32|q4_0]
 //                 [--threads 2] [--repetitions 9] [--isa avx512vnni|avx512|avx2|base|ref] [--cache cold|hot] [--only full|select|scores|reuse|rows|read]
+//                 [--run 1]
 //
 // --cache hot: nothing is read between the arms, so that a few cells stay in the processor's cache and only arithmetic is left.
 // rows: the rows that reuse attends to are read and nothing else, which says how much of its time is the memory's.
 // --only: the arms of that name alone, so that a counter around the process sees nothing else; read is what comes before each.
+// --run: lists are drawn in runs of so many cells behind each other, anywhere. Without --only reuse or rows, select has chosen other lists before.
 #include "bench_team.h"
 #include "hylra-attn.h"
 #include "hylra-cpu.h"
@@ -31,7 +33,7 @@
 namespace {
 
 struct options {
-    int heads = 32, kv_heads = 8, head_size = 128, n_kv = 0, top_k = 1024, lists = 8, threads = 2, repetitions = 9;
+    int heads = 32, kv_heads = 8, head_size = 128, n_kv = 0, top_k = 1024, lists = 8, threads = 2, repetitions = 9, run = 1;
     std::vector<int> lengths{32768}; // n_kv of the layers that are measured
     ggml_type type = GGML_TYPE_F16;
     std::string isa, cache = "cold", only;
@@ -121,11 +123,12 @@ struct bench {
         sparse = place(listed, sparse_scratch, false);
     }
 
-    // top_k of all cells, any of them as likely, ascending: at regular distances memory is faster
+    // top_k of all cells, any run of them as likely, ascending: at regular distances memory is faster
     void draw_cells(int32_t * list, unsigned seed) const {
         std::mt19937 rng(seed);
-        for (int cell = 0, n = 0; n < o.top_k; ++cell) {
-            if (int(rng() % (o.n_kv - cell)) < o.top_k - n) { list[n++] = cell; }
+        for (int begin = 0, n = 0; n < o.top_k; begin += o.run) {
+            if (int(rng() % ((o.n_kv - begin)/o.run)) >= (o.top_k - n)/o.run) { continue; }
+            for (int i = 0; i < o.run; ++i) { list[n++] = begin + i; }
         }
     }
 
@@ -210,7 +213,8 @@ ggml_type type_of(const std::string & name) {
 options parse(int argc, char ** argv) {
     options o;
     const std::map<std::string, int *> numbers = { { "--heads", &o.heads }, { "--kv-heads", &o.kv_heads }, { "--head-size", &o.head_size },
-        { "--top-k", &o.top_k }, { "--lists", &o.lists }, { "--threads", &o.threads }, { "--repetitions", &o.repetitions } };
+        { "--top-k", &o.top_k }, { "--lists", &o.lists }, { "--threads", &o.threads }, { "--repetitions", &o.repetitions },
+        { "--run", &o.run } };
     const std::map<std::string, std::string *> words = { { "--isa", &o.isa }, { "--cache", &o.cache }, { "--only", &o.only } };
     for (int i = 1; i < argc; ++i) {
         const std::string flag = argv[i];
@@ -233,8 +237,8 @@ options parse(int argc, char ** argv) {
     one_of(o.cache, { "cold", "hot" }, "--cache");
     one_of(o.only, { "", "full", "select", "scores", "reuse", "rows", "read" }, "--only");
     const int shortest = *std::min_element(o.lengths.begin(), o.lengths.end());
-    if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > shortest || o.head_size % ggml_blck_size(o.type)) {
-        fprintf(stderr, "bench-kernels: heads must be a multiple of kv-heads, lists 1 or kv-heads, top-k at most n-kv, head-size whole blocks\n");
+    if (o.heads % o.kv_heads || (o.lists != 1 && o.lists != o.kv_heads) || o.top_k > shortest || o.top_k % o.run || o.head_size % ggml_blck_size(o.type)) {
+        fprintf(stderr, "bench-kernels: heads must be a multiple of kv-heads, lists 1 or kv-heads, top-k whole runs and at most n-kv, head-size whole blocks\n");
         exit(2);
     }
     return o;
@@ -286,8 +290,8 @@ struct layer {
 
     void print(double read_bytes_per_s) const {
         printf("{\"isa\": \"%s\", \"type\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_size\": %d, \"n_kv\": %d, \"top_k\": %d, "
-               "\"lists\": %d, \"threads\": %d, \"repetitions\": %d, \"read_bytes_per_s\": %.4g", b.kernels.isa, ggml_type_name(o.type),
-               o.heads, o.kv_heads, o.head_size, o.n_kv, o.top_k, o.lists, o.threads, o.repetitions, read_bytes_per_s);
+               "\"lists\": %d, \"run\": %d, \"threads\": %d, \"repetitions\": %d, \"read_bytes_per_s\": %.4g", b.kernels.isa, ggml_type_name(o.type),
+               o.heads, o.kv_heads, o.head_size, o.n_kv, o.top_k, o.lists, o.run, o.threads, o.repetitions, read_bytes_per_s);
         for (const arm & one : arms) {
             const double s = median(one.seconds);
             printf(",\n \"%s_ms\": %.4f", one.name, s*1e3);
