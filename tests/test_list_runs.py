@@ -48,3 +48,8 @@ def test_growth_is_that_of_each_process():
 @pytest.mark.parametrize("arm, ms", [("reuse", 3.0), ("rows", 4.0)])
 def test_a_reuse_layer_ends_with_its_reduction(arm, ms):
     assert reuse_growth.times_ms({"reuse_ms": 1.0, "reuse_reduce_ms": 2.0, "rows_ms": 4.0}, arm) == ms
+
+
+def test_reach_is_shown_by_distance():
+    rows = [{"step_bytes": step, "lines": lines, "ns": step + lines} for step in (64, 4096) for lines in (512, 1024)]
+    assert reuse_growth.reach_table({"page_reach": rows}).splitlines()[2:] == ["| 512 | 576 | 4608 |", "| 1024 | 1088 | 5120 |"]

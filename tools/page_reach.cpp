@@ -52,7 +52,7 @@ double ns_per_load(char * memory, size_t step_bytes, int n, std::mt19937 & rng) 
 } // namespace
 
 int main(int argc, char ** argv) {
-    const int repetitions = argc > 1 ? atoi(argv[1]) : 9;
+    const int repetitions = argc > 1 ? atoi(argv[1]) : 21;
     if (repetitions < 1 || argc > 2) {
         fprintf(stderr, "page-reach: expected a number of repetitions above 0, or nothing\n");
         return 2;

@@ -1,10 +1,10 @@
-"""How much longer a reuse layer takes the longer the cache is, and reading its rows alone, by kind of list; or the table of docs/speed.md from such a result.
+"""How much longer a reuse layer takes the longer the cache is, and reading its rows alone, by kind of list; or the tables of docs/speed.md from such a result.
 
-    python tools/reuse_growth.py BENCH_KERNELS [-t 2] [-r 31] > docs/reuse-growth-xeon.json
+    python tools/reuse_growth.py BENCH_KERNELS PAGE_REACH [-t 2] [-r 31] > docs/reuse-growth-xeon.json
     python tools/reuse_growth.py docs/reuse-growth-xeon.json
 
 A list per KV head or one for all, of cells anywhere or in runs, as a model's come (tools/list_runs.py). All lengths take turns in one process, and so do
-the kinds of list, in rounds. Refuses what bench-kernels refuses.
+the kinds of list, in rounds. page-reach, built beside bench-kernels, says whether huge pages are huge for the processor. Refuses what they refuse.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bench_program import rows_of, table_or_rows
 from hylra_gguf.bench import commit, cpu_info
 
 TYPES, LISTS, RUNS, N_KV = ("f16", "q8_0"), (8, 1), (1, 2), (8192, 32768, 131072)
+REACH_HEAD = ("lines", "ns per load, 64 bytes apart", "4096 bytes apart")
 HEAD = ("KV", "lists", "cells come in runs of", *(f"reuse ms, {n_kv} cells" for n_kv in N_KV), "growth", "growth of rows alone")
 
 
@@ -32,12 +33,22 @@ def growth(round_ms: list[float]) -> float:
     return round_ms[-1] / round_ms[0]
 
 
+def reach_table(result: dict) -> str:
+    ns = {(row["step_bytes"], row["lines"]): row["ns"] for row in result["page_reach"]}
+    rows = [(lines, ns[64, lines], ns[4096, lines]) for step_bytes, lines in ns if step_bytes == 64]
+    return markdown([REACH_HEAD, ("---",) * len(REACH_HEAD), *rows])
+
+
 def table(result: dict) -> str:
     lines = [HEAD, ("---",) * len(HEAD)]
     for row in result["rows"]:
         reuse_ms = [median(column) for column in zip(*row["reuse_ms"])]
         growths = [median(map(growth, row[f"{arm}_ms"])) for arm in ("reuse", "rows")]
         lines.append((row["type"], row["lists"], row["run"], *(f"{ms:.2f}" for ms in reuse_ms), *(f"{ratio:.2f}" for ratio in growths)))
+    return markdown(lines)
+
+
+def markdown(lines: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
@@ -48,18 +59,22 @@ def measure(args: argparse.Namespace) -> dict:
         command = [args.source, *flags, "--type", row["type"], "--lists", str(row["lists"]), "--run", str(row["run"]), "--only", arm]
         print(f"round {number + 1}: {shlex.join(command)}", file=sys.stderr)
         row[f"{arm}_ms"].append([times_ms(one, arm) for one in rows_of(command)])
-    command = ["reuse_growth.py", Path(args.source).name, *(word for word in sys.argv[1:] if word != args.source)]
-    return {"machine": cpu_info(), "commit": commit(), "command": shlex.join(command), "n_kv": N_KV, "rows": rows}
+    programs = (args.source, args.page_reach)
+    command = ["reuse_growth.py", *(Path(word).name if word in programs else word for word in sys.argv[1:])]
+    return {"machine": cpu_info(), "commit": commit(), "command": shlex.join(command), "n_kv": N_KV, "rows": rows, "page_reach": rows_of([args.page_reach])}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A reuse layer over caches of several lengths.", allow_abbrev=False)
     parser.add_argument("source", metavar="BENCH_KERNELS|JSON", help="the program to run, or a result to print as a table")
+    parser.add_argument("page_reach", metavar="PAGE_REACH", nargs="?", help="the program of that name; not with a result")
     parser.add_argument("-t", "--threads", default="2", metavar="N", help="default 2")
     parser.add_argument("-r", "--repetitions", default="31", metavar="N", help="of each process (default 31)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="processes per kind of list (default 5)")
     args = parser.parse_args()
-    return table_or_rows(args.source, table, lambda: measure(args))
+    if not args.page_reach and not args.source.endswith(".json"):
+        parser.error("PAGE_REACH missing: the program that is built beside bench-kernels")
+    return table_or_rows(args.source, lambda result: table(result) + "\n\n" + reach_table(result), lambda: measure(args))
 
 
 if __name__ == "__main__":
