@@ -10,6 +10,8 @@ import cuda_tables
 import domains
 import isa_gain
 import kernel_rows
+import list_runs
+import reuse_growth
 import trust_tables
 from accuracy_tables import rendered
 from speed_tables import table
@@ -49,9 +51,12 @@ def test_tables_of_cuda_are_the_committed_results(make):
     assert "\n".join(make(ROOT / "docs" / "cuda")) in (ROOT / "docs" / "cuda.md").read_text()
 
 
-@pytest.mark.parametrize("name, table_of", [("kernels", kernel_rows.table), ("kernels-zen4", kernel_rows.table), ("kernels-xeon", kernel_rows.table),
-                                            ("kernels-avx2", kernel_rows.table), ("kernels-xeon-16-cores", kernel_rows.table), ("kernels-xeon-avx2", kernel_rows.table), ("kernels-xeon-two-avx2", kernel_rows.table),
-                                            ("kernels-16-cores", kernel_rows.table), ("kernels-vnni", isa_gain.table)])
+KERNEL_ROWS = ("kernels", "kernels-zen4", "kernels-xeon", "kernels-avx2", "kernels-xeon-16-cores", "kernels-xeon-avx2", "kernels-xeon-two-avx2", "kernels-16-cores")
+GROWTHS = ("reuse-growth-xeon", "reuse-growth-xeon-16-cores")
+
+
+@pytest.mark.parametrize("name, table_of", [*((name, kernel_rows.table) for name in KERNEL_ROWS), ("kernels-vnni", isa_gain.table), ("list-runs-needle", list_runs.table),
+                                            *((name, table) for name in GROWTHS for table in (reuse_growth.table, reuse_growth.reach_table))])
 def test_the_tables_of_one_layer_are_the_committed_results(name, table_of):
     assert table_of(json.loads((ROOT / "docs" / f"{name}.json").read_text())) in (ROOT / "docs" / "speed.md").read_text()
 
