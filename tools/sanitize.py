@@ -42,7 +42,7 @@ extern "C" int control(int at) {
     return values[at] + shared;
 }
 """
-TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "engine", "contexts", "layer_states", "masks", "graphs", "architectures", "life_cycle"))
+TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "choose", "engine", "contexts", "layer_states", "masks", "graphs", "architectures", "life_cycle"))
 # arms of another build; arms of the same nodes as a real selection has, and models of many layers alike: they only take long
 LEFT_OUT = ("not bit_identical and not smollm2 and not stock and not r1_with_all and not covers_everything_gives and not DeepSeek and not QwQ "
             "and not profile_finds")
