@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from .errors import ProfileError
@@ -40,6 +42,14 @@ def rows_from_trace(trace, tokens: list[int], n_cells: int, buffer) -> Attention
         sinks=strided(buffer, trace.sinks, np.float32, (trace.n_head,), [4]).copy() if trace.sinks else None,
         scale=trace.scale, max_bias=trace.max_bias, softcap=trace.softcap,
     )
+
+
+def given_cells(trace, start: int, buffer) -> list[list[np.ndarray]]:
+    """Per token and list the cells that an attention node was given, ascending, without what stands for none and what lies behind the token's own;
+    the first token has `start` cached ones before it."""
+    shape = (trace.n_tokens, trace.lists, trace.n_cells)
+    given = np.frombuffer(buffer(trace.cells, 4 * math.prod(shape)), np.int32).reshape(shape)
+    return [[row[(row >= 0) & (row <= start + t)] for row in lists] for t, lists in enumerate(given)]
 
 
 def strided(buffer, pointer, dtype, shape: tuple[int, ...], strides_bytes: list[int]) -> np.ndarray:

@@ -7,20 +7,20 @@ had. Refuses a policy without reuse layers and contexts in which its top_k leave
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
+from typing import Callable, Sequence
 
 import numpy as np
 
 from . import measure
-from .attention_trace import rows_from_trace
+from .attention_trace import given_cells, rows_from_trace
 from .errors import ProfileError
 from .forward import Forward, cpu_count
 from .measure import AttentionRows, Budget
 from .policy import REUSE, SELECT, Policy
 from .profile import Options, calibration_tokens, check_options, choose_contexts
 from .profile_data import HIGH_QUANTILE, LOW_QUANTILE
-from .samples import choose_top_ks, plan_samples
+from .samples import Sample, choose_top_ks, plan_samples
 from .session import N_UBATCH
 
 STEP_TOKENS = 8  # the most that one sequence may have in a batch that the engine counts as decode
@@ -99,10 +99,13 @@ class ChainVisitor:
     def take(self, _node: int, _kind: int, trace) -> None:
         step, layer = self.step, trace.layer
         rows = replace(step.rows(trace), sinks=step.sinks.get(layer))
-        shape = (trace.n_tokens, trace.lists, trace.n_cells)
-        given = np.frombuffer(step.engine.ffi.buffer(trace.cells, 4 * math.prod(shape)), np.int32).reshape(shape)
-        cells = [[row[(row >= 0) & (row <= step.start + t)] for row in lists] for t, lists in enumerate(given)]
+        cells = given_cells(trace, step.start, step.engine.ffi.buffer)
         step.recalls.chain.setdefault(layer, []).extend(step.recall(layer, step.masses(rows), cells))
+
+
+def arms_of(step: Step) -> list[tuple[Policy | None, object]]:
+    """Dense first: the chain is measured by what that leaves in the step."""
+    return [(None, DenseVisitor(step)), (step.policy, ChainVisitor(step))]
 
 
 def chosen(scores: np.ndarray, budget: Budget, block_size: int) -> np.ndarray:
@@ -129,29 +132,32 @@ def measure_drift(model_path: str, policy: Policy, texts: list[tuple[str, str]] 
         names, token_lists = calibration_tokens(forward, texts, contexts[-1])
         samples = plan_samples(len(names), contexts, options.samples, top_k)
         forward.open_context(contexts[-1], options.type_kv, options.n_threads or cpu_count())
-        run = ChainPass(forward, replace(policy, min_context=0), recalls)
-        forward.engine.set_policy(forward.ctx, run.policy)  # refused here, before minutes of reading
-        run.read_all(token_lists, [[s.position for s in samples if s.text == text] for text in range(len(names))], options.progress)
+        always = replace(policy, min_context=0)
+        forward.engine.set_policy(forward.ctx, always)  # refused here, before minutes of reading
+        SteppedPass(forward, lambda start: arms_of(Step(always, recalls, forward.engine, start))).read_all(token_lists, samples, options.progress)
     return rows_of(policy, recalls)
 
 
-class ChainPass:
-    def __init__(self, forward: Forward, policy: Policy, recalls: Recalls) -> None:
-        self.forward, self.policy, self.recalls = forward, policy, recalls
+class SteppedPass:
+    """Reads texts densely; at sampled positions decodes the next tokens on the cache as it is, once for each of arms(cached tokens): a policy
+    (None: dense) and the visitor that sees its nodes."""
 
-    def read_all(self, token_lists: list[list[int]], positions: list[list[int]], progress: bool) -> None:
+    def __init__(self, forward: Forward, arms: Callable[[int], Sequence[tuple[Policy | None, object]]]) -> None:
+        self.forward, self.arms = forward, arms
+
+    def read_all(self, token_lists: list[list[int]], samples: list[Sample], progress: bool) -> None:
         from tqdm import tqdm
 
         with tqdm(total=sum(map(len, token_lists)), unit="tok", desc="drift", disable=None if progress else True) as bar:
-            for tokens, wanted in zip(token_lists, positions):
+            for text, tokens in enumerate(token_lists):
                 self.forward.clear()
                 self.forward.engine.set_policy(self.forward.ctx, None)
                 done = 0
-                for start in sorted({min(position, len(tokens) - STEP_TOKENS) for position in wanted}):
+                for start in sorted({min(s.position, len(tokens) - STEP_TOKENS) for s in samples if s.text == text}):
                     self.prefill(tokens, done, start)
                     bar.update(start - done)
                     done = start
-                    self.decode_twice(tokens[start:start + STEP_TOKENS], start)
+                    self.decode_arms(tokens[start:start + STEP_TOKENS], start)
                 bar.update(len(tokens) - done)
 
     def prefill(self, tokens: list[int], done: int, stop: int) -> None:
@@ -159,10 +165,10 @@ class ChainPass:
         for start in range(done, stop, N_UBATCH):
             self.forward.decode(tokens[start:min(start + N_UBATCH, stop)], start, [])
 
-    def decode_twice(self, tokens: list[int], start: int) -> None:
-        forward, step = self.forward, Step(self.policy, self.recalls, self.forward.engine, start)
+    def decode_arms(self, tokens: list[int], start: int) -> None:
+        forward = self.forward
         forward.context.keep(start)
-        for policy, visitor in ((None, DenseVisitor(step)), (self.policy, ChainVisitor(step))):
+        for policy, visitor in self.arms(start):
             forward.engine.set_policy(forward.ctx, policy)
             forward.visitor = visitor
             forward.decode(tokens, start, list(range(len(tokens))))

@@ -56,7 +56,7 @@ GROWTHS = ("reuse-growth-xeon", "reuse-growth-xeon-16-cores")
 
 
 @pytest.mark.parametrize("name, table_of", [*((name, kernel_rows.table) for name in KERNEL_ROWS), ("kernels-vnni", isa_gain.table), ("list-runs-needle", list_runs.table),
-                                            *((name, table) for name in GROWTHS for table in (reuse_growth.table, reuse_growth.reach_table))])
+                                            *((name, table_of) for name in GROWTHS for table_of in (reuse_growth.table, reuse_growth.reach_table))])
 def test_the_tables_of_one_layer_are_the_committed_results(name, table_of):
     assert table_of(json.loads((ROOT / "docs" / f"{name}.json").read_text())) in (ROOT / "docs" / "speed.md").read_text()
 

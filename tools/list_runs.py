@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from hylra_gguf.attention_trace import given_cells
 from hylra_gguf.bench import commit
-from hylra_gguf.drift import ChainPass, Recalls
+from hylra_gguf.drift import SteppedPass
 from hylra_gguf.errors import HylraError
 from hylra_gguf.forward import Forward, cpu_count
 from hylra_gguf.policy import Policy, require_policy
 from hylra_gguf.profile import calibration_tokens
 from hylra_gguf.samples import plan_samples
-
-HEAD = ("lists", "top_k", "cached tokens", "lists seen", "cells in a run", "if anywhere", "cells to a block of 16", "to a block of 64")
+from hylra_gguf.tables import to_md
 
 
 @dataclass
 class Shapes:
-    """Of every list seen under one policy at one depth: cells, runs, blocks of 16 and of 64 cells that it touches"""
+    """Of every list seen under one policy at one depth: cells, runs, blocks of 16 and of 64 cells that it touches.
+
+    A row: cells in a run, what that would be if cells lay anywhere, cells to a block of 16 and of 64 (those that it touches)."""
 
     counts: list[tuple[int, int, int, int]] = field(default_factory=list)
 
@@ -54,47 +56,27 @@ class ListVisitor:
         return kind == self.engine.TRACE_ATTEND and bool(trace.cells)
 
     def take(self, _node: int, _kind: int, trace) -> None:
-        shape = (trace.n_tokens, trace.lists, trace.n_cells)
-        given = np.frombuffer(self.engine.ffi.buffer(trace.cells, 4 * math.prod(shape)), np.int32).reshape(shape)
-        for token, lists in enumerate(given):
+        for lists in given_cells(trace, self.start, self.engine.ffi.buffer):
             for cells in lists:
-                self.shapes.add(cells[(cells >= 0) & (cells <= self.start + token)])
-
-
-class ListPass(ChainPass):
-    """At each depth every policy in turn, on the same cache"""
-
-    def __init__(self, forward: Forward, policies: list[Policy]) -> None:
-        super().__init__(forward, policies[0], Recalls())
-        self.policies, self.shapes = policies, {}
-
-    def decode_twice(self, tokens: list[int], start: int) -> None:
-        forward = self.forward
-        forward.context.keep(start)
-        for index, policy in enumerate(self.policies):
-            forward.engine.set_policy(forward.ctx, policy)
-            forward.visitor = ListVisitor(forward.engine, start, self.shapes.setdefault((index, start), Shapes()))
-            forward.decode(tokens, start, list(range(len(tokens))))
-            forward.context.rewind(start)
-        forward.engine.set_policy(forward.ctx, None)
+                self.shapes.add(cells)
 
 
 def measure(args: argparse.Namespace) -> dict:
     policy = replace(require_policy(Path(args.model)), min_context=0, top_k=args.top_k, top_k_fraction=None, layer_top_k=None, head_map=None)
     policies = [replace(policy, lists=lists) for lists in (1, policy.head_kv_count)]
+    shapes = [defaultdict(Shapes) for _ in policies]  # cached tokens -> what was seen there
     with Forward(args.model) as forward:
         names, token_lists = calibration_tokens(forward, None, args.n_ctx)
         samples = plan_samples(len(names), [args.n_ctx], args.samples, args.top_k)
         forward.open_context(args.n_ctx, "f16", cpu_count())
-        run = ListPass(forward, policies)
-        run.read_all(token_lists, [[s.position for s in samples if s.text == text] for text in range(len(names))], True)
-    rows = [shapes.row(policies[index], start) for (index, start), shapes in sorted(run.shapes.items())]
+        run = SteppedPass(forward, lambda start: [(one, ListVisitor(forward.engine, start, seen[start])) for one, seen in zip(policies, shapes)])
+        run.read_all(token_lists, samples, True)
+    rows = [found.row(one, start) for one, seen in zip(policies, shapes) for start, found in sorted(seen.items())]
     return {"model": Path(args.model).name, "commit": commit(), "texts": names, "n_ctx": args.n_ctx, "rows": rows}
 
 
 def table(result: dict) -> str:
-    lines = [HEAD, ("---",) * len(HEAD), *(tuple(row.values()) for row in result["rows"])]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return to_md(result["rows"])
 
 
 def main() -> int:

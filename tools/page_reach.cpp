@@ -14,7 +14,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <random>
 #include <vector>
 

@@ -18,10 +18,9 @@ from statistics import median
 
 from bench_program import rows_of, table_or_rows
 from hylra_gguf.bench import commit, cpu_info
+from hylra_gguf.tables import to_md
 
 TYPES, LISTS, RUNS, N_KV = ("f16", "q8_0"), (8, 1), (1, 2), (8192, 32768, 131072)
-REACH_HEAD = ("lines", "ns per load, 64 bytes apart", "4096 bytes apart")
-HEAD = ("KV", "lists", "cells come in runs of", *(f"reuse ms, {n_kv} cells" for n_kv in N_KV), "growth", "growth of rows alone")
 
 
 def times_ms(row: dict, arm: str) -> float:
@@ -35,21 +34,18 @@ def growth(round_ms: list[float]) -> float:
 
 def reach_table(result: dict) -> str:
     ns = {(row["step_bytes"], row["lines"]): row["ns"] for row in result["page_reach"]}
-    rows = [(lines, ns[64, lines], ns[4096, lines]) for step_bytes, lines in ns if step_bytes == 64]
-    return markdown([REACH_HEAD, ("---",) * len(REACH_HEAD), *rows])
+    return to_md([{"lines": lines, "ns per load, 64 bytes apart": near, "4096 bytes apart": ns[4096, lines]} for (step, lines), near in ns.items() if step == 64])
 
 
 def table(result: dict) -> str:
-    lines = [HEAD, ("---",) * len(HEAD)]
-    for row in result["rows"]:
-        reuse_ms = [median(column) for column in zip(*row["reuse_ms"])]
-        growths = [median(map(growth, row[f"{arm}_ms"])) for arm in ("reuse", "rows")]
-        lines.append((row["type"], row["lists"], row["run"], *(f"{ms:.2f}" for ms in reuse_ms), *(f"{ratio:.2f}" for ratio in growths)))
-    return markdown(lines)
+    return to_md([shown(row) for row in result["rows"]])
 
 
-def markdown(lines: list[tuple]) -> str:
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def shown(row: dict) -> dict:
+    reuse_ms = [median(column) for column in zip(*row["reuse_ms"])]
+    growths = [median(map(growth, row[f"{arm}_ms"])) for arm in ("reuse", "rows")]
+    return {"KV": row["type"], "lists": row["lists"], "cells come in runs of": row["run"], **{f"reuse ms, {n_kv} cells": f"{ms:.2f}" for n_kv, ms in zip(N_KV, reuse_ms)},
+            "growth": f"{growths[0]:.2f}", "growth of rows alone": f"{growths[1]:.2f}"}
 
 
 def measure(args: argparse.Namespace) -> dict:

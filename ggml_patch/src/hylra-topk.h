@@ -146,10 +146,11 @@ threshold threshold_of(const float * scores, int n_kv, int n) {
 
 // The first n of the bits that are set
 inline uint32_t first_bits(uint32_t mask, int n) {
-    while (__builtin_popcount(mask) > n) {
-        mask &= ~(1u << (31 - __builtin_clz(mask)));
+    uint32_t rest = mask;
+    for (; n > 0 && rest; --n) {
+        rest &= rest - 1;
     }
-    return mask;
+    return mask ^ rest;
 }
 
 // The cells above the threshold and the first n_tie at it, ascending: n_all, and no more where scores are NaN, which lie above every threshold.
